@@ -1,0 +1,44 @@
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+demo: $(VENV)/.demo-installed  ## distil, sample, grade and compare: writes runs/demo/report/index.html
+	$(BIN)/thinkfast demo
+
+test: lint types $(VENV)/.dev-installed  ## lint, types and every test
+	$(BIN)/pytest -n auto --dist loadfile
+
+lint: $(VENV)/.dev-installed  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev-installed  ## mypy --strict
+	$(BIN)/mypy
+
+bench: $(VENV)/.demo-installed  ## tokens per second of every bundled shape over batch and context
+	$(BIN)/thinkfast bench
+
+clean:  ## remove what make and the tests wrote, but no runs
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in before whatever depends on it, so that a build chosen by TORCH or by pip's settings stays.
+$(VENV)/.torch-installed:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.torch-installed pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.torch-installed pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.demo-installed

@@ -1,0 +1,249 @@
+"""The command line: one function a command, each of which calls one function of the package."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from thinkfast import __version__
+from thinkfast.errors import BadInput
+
+app = typer.Typer(
+    name="thinkfast",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON on stdout.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. distill.lr=2e-5.")
+]
+Out = Annotated[Path | None, typer.Option(help="Where everything goes, by default runs/ and the recipe's name.")]
+Model = Annotated[Path, typer.Argument(help="A stock model directory, or 'bundled'.")]
+Solved = Annotated[Path, typer.Argument(help="JSONL or Parquet rows with problem, answer and solution.")]
+Attention = Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1,3; by default none.")]
+Init = Annotated[str, typer.Option(help="New mixers start from 'attention' or 'random'.")]
+Seed = Annotated[int, typer.Option(help="Fixes every random number.")]
+ProblemsFile = Annotated[Path | None, typer.Option("--problems", help="What a directory of samples answers.")]
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything, to see it work.")] = False,
+    out: Out = None,
+    overrides: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Distil the bundled teacher, sample, grade and compare: a whole run on this machine."""
+    from thinkfast import pipeline, runtime
+
+    recipe = runtime.ASSETS / "recipes" / ("demo-quick.toml" if quick else "demo.toml")
+    _finish(pipeline.run_file(recipe, out, overrides or []), json_)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; recipes/demo.toml is one.")],
+    out: Out = None,
+    overrides: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Run every stage of a recipe; what is done is skipped, what is half done goes on."""
+    from thinkfast import pipeline
+
+    _finish(pipeline.run_file(recipe, out, overrides or []), json_)
+
+
+@app.command()
+def convert(
+    teacher: Model,
+    out: Annotated[Path, typer.Argument(help="The student's directory.")],
+    attention: Attention = "",
+    init: Init = "attention",
+    data: Annotated[Path | None, typer.Option(help="Problems with solutions, to calibrate the new layers on.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Turn a teacher into an untrained student and show where every tensor comes from."""
+    from thinkfast import pipeline
+    from thinkfast.recipe import Student, section
+
+    student = section(Student, {"name": "student", "attention": _numbers(attention), "init": init, "seed": seed})
+    print(pipeline.convert_model(pipeline.teacher_directory(str(teacher)), student, data, out))
+
+
+@app.command()
+def distill(
+    teacher: Model,
+    data: Solved,
+    out: Annotated[Path, typer.Argument(help="A directory: the corpus and the student go there.")],
+    attention: Attention = "",
+    overrides: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Convert, align and distil one student. --set takes a recipe's keys: align.*, distill.*, corpus.*, student.0.*."""
+    from thinkfast import pipeline
+    from thinkfast.recipe import with_overrides
+
+    raw = {"student": [{"name": "student", "attention": _numbers(attention)}], "corpus": {"path": str(data)}}
+    recipe = with_overrides(raw, "distill", overrides or [])
+    notes = pipeline.distill_model(pipeline.teacher_directory(str(teacher)), recipe.corpus, recipe.student[0], out)
+    _finish(notes, json_)
+
+
+@app.command()
+def sample(
+    model: Model,
+    problems: Annotated[Path, typer.Argument(help="JSONL or Parquet rows with problem and answer.")],
+    out: Annotated[Path, typer.Argument(help="A directory for the samples.")],
+    n: Annotated[int, typer.Option(help="Samples a problem, at most.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Seconds of clock, for all problems together.")] = 60.0,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_tokens: int = 512,
+    slots: Annotated[str, typer.Option(help="Completions decoded at once; of several the fastest.")] = "128",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Draw completions in rounds until the clock or the count ends it; goes on where it was cut off."""
+    from thinkfast import pipeline
+    from thinkfast.recipe import SampleSettings, section
+
+    values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    values |= {"max_tokens": max_tokens, "slots": _numbers(slots), "seed": seed}
+    settings = section(SampleSettings, values)
+    _finish(pipeline.sample_file(pipeline.teacher_directory(str(model)), problems, settings, out), json_)
+
+
+@app.command()
+def grade(
+    source: Annotated[Path, typer.Argument(help="A directory of samples, or JSONL with problem, answer, completions.")],
+    problems: ProblemsFile = None,
+    out: Annotated[Path | None, typer.Option(help="A Parquet file for the verdicts.")] = None,
+    json_: Json = False,
+) -> None:
+    """Compare every answer with the right one."""
+    from thinkfast import results
+
+    shares = results.grade_source(source, problems, out)
+    print(", ".join(f"{key} {value:.4g}" for key, value in shares.items()))
+    _finish(shares, json_)
+
+
+@app.command()
+def compare(
+    sources: Annotated[list[Path], typer.Argument(help="Directories of samples, or JSONL with completions.")],
+    problems: ProblemsFile = None,
+    baseline: Annotated[str | None, typer.Option(help="Whom to compare with, by default the first.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A file for the curves, like curves.json.")] = None,
+    ks: Annotated[str, typer.Option(help="Samples a problem.")] = "1,2,4,8,16,32,64",
+    first: Annotated[float, typer.Option("--from", help="First seconds a problem.")] = 0.01,
+    last: Annotated[float, typer.Option("--to", help="Last seconds a problem.")] = 0.2,
+    points: Annotated[int, typer.Option(help="Points between them.")] = 40,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Coverage and majority against samples and, where samples are timed, against seconds."""
+    from thinkfast import results
+    from thinkfast.recipe import Compare, section
+
+    values = {"baseline": baseline or results.source_name(sources[0]), "ks": _numbers(ks), "seed": seed}
+    settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
+    document = results.compare_sources(sources, problems, settings, out)
+    print("\n".join(results.curves_in_words(document)))
+    _finish(document, json_)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes, by default RUN/report.")] = None,
+    shown: Annotated[int, typer.Option(min=1, help="Problems shown with their completions.")] = 60,
+) -> None:
+    """Write the page and the figures of a run again."""
+    from thinkfast.report.page import write_report
+
+    print(write_report(run_dir, out or run_dir / "report", shown))
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Tell what this machine has and what it lacks; status 1 when something is missing."""
+    from thinkfast.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{'ok' if finding.ok else 'NO':<4}{finding.what:<16}{finding.found}")
+    _finish([asdict(finding) for finding in findings], json_)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers out of "1,3"."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise BadInput(f"{text!r}: expected whole numbers with commas, e.g. 1,3") from None
+
+
+def _finish(document: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(document))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"thinkfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Distil a Transformer into a Mamba or hybrid student and compare them at equal measured time."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns 0, 1 when the work failed, 2 for bad input, 130 when interrupted."""
+    from thinkfast.records import Failed
+
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("thinkfast", given) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    except TyperException as error:
+        return _tell(2, error.format_message())
+    except BadInput as error:
+        return _tell(2, str(error))
+    except Failed as error:
+        return _tell(1, str(error))
+    except KeyboardInterrupt as interrupt:
+        place = f" in {interrupt.args[0]}" if interrupt.args else ""
+        return _tell(130, f"interrupted; everything finished so far is kept{place}")
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return _tell(1, f"cannot write {error.filename}: {error.strerror}" if error.filename else str(error))
+    return 0
+
+
+def _tell(status: int, message: str) -> int:
+    print(f"thinkfast: {' '.join(message.split())}", file=sys.stderr)
+    return status

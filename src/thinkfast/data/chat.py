@@ -1,0 +1,38 @@
+"""From a problem to the prompt a model was trained on."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from thinkfast.data.tokenizer import Tokenizer
+from thinkfast.errors import BadInput
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
+
+
+def _refuse(message: str) -> None:
+    raise BadInput(f"chat template: {message}")
+
+
+def render_prompt(tokenizer: Tokenizer, problem: str) -> list[int]:
+    """Token ids of one user turn, ready to be answered: the tokenizer's chat template, or plain text and a line end."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(f"{tokenizer.bos_token}{problem}\n")
+    try:
+        text = _compiled(tokenizer.chat_template).render(
+            messages=[{"role": "user", "content": problem}],
+            add_generation_prompt=True,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        )
+    except jinja2.TemplateError as error:
+        raise BadInput(f"chat template: {error}") from error
+    return tokenizer.encode(text)

@@ -1,0 +1,238 @@
+"""Tokenised documents in one flat file, read through a memory map in an order that a cursor fixes.
+
+A corpus is a directory: `tokens.bin` (all ids one after another, uint16 or uint32), `index.npy` (int64, one row a
+document: offset and prompt length, and a last row with the total) and `corpus.json` (counts and the tokenizer's
+fingerprint), which is written last: a directory without it is not a corpus.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from thinkfast import records
+from thinkfast.errors import BadInput
+
+FORMAT = 1
+LENGTH_BUCKET = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the endless stream of batches: `position` batches of this epoch have been taken."""
+
+    seed: int
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Documents padded on the right with id 0; lengths (B,) counts real tokens.
+
+    input_ids (B, L) int64; completion (B, L) bool is true exactly where a token belongs to a completion.
+    """
+
+    input_ids: Tensor
+    completion: Tensor
+    lengths: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, without padding."""
+        return int(self.lengths.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.input_ids.to(device), self.completion.to(device), self.lengths.to(device))
+
+
+def write_corpus(
+    path: Path | str,
+    documents: Iterable[tuple[list[int], list[int]]],
+    fingerprint: str,
+    vocab_size: int,
+) -> Corpus:
+    """Writes (prompt ids, completion ids) pairs as a corpus directory and opens it.
+
+    Completions should end with the end-of-sequence id where the model is to learn to stop. Raises BadInput when an id
+    does not fit the vocabulary, and when there is no completion token at all.
+    """
+    root = Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "corpus.json").unlink(missing_ok=True)
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    digest = hashlib.sha256()
+    rows: list[tuple[int, int]] = []
+    total = completion_tokens = 0
+    partial = root / ".tokens.bin.tmp"
+    try:
+        with partial.open("wb") as out:
+            for prompt, completion in documents:
+                ids = np.asarray([*prompt, *completion], dtype=np.int64)
+                if not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
+                    raise BadInput(f"{root}: document {len(rows)} is empty or has an id outside 0..{vocab_size - 1}")
+                data = ids.astype(dtype).tobytes()
+                digest.update(data)
+                out.write(data)
+                rows.append((total, len(prompt)))
+                total += len(ids)
+                completion_tokens += len(completion)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(root / "tokens.bin")
+    finally:
+        partial.unlink(missing_ok=True)
+    index = np.asarray([*rows, (total, 0)], dtype=np.int64)
+    digest.update(index.tobytes())
+    _check_counts(root, len(rows), completion_tokens)
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    records.write_bytes(root / "index.npy", buffer.getvalue())
+    description = {
+        "format": FORMAT,
+        "documents": len(rows),
+        "tokens": total,
+        "completion_tokens": completion_tokens,
+        "dtype": dtype.str,
+        "vocab_size": vocab_size,
+        "tokenizer": fingerprint,
+        "sha256": digest.hexdigest(),
+    }
+    records.write_json(root / "corpus.json", description)
+    return Corpus(root)
+
+
+def _check_counts(root: Path, documents: int, completion_tokens: int) -> None:
+    if not documents:
+        raise BadInput(f"{root}: the corpus holds no document")
+    if not completion_tokens:
+        raise BadInput(f"{root}: no document has a completion token, so there is nothing to learn from")
+
+
+class Corpus:
+    """A corpus directory, memory-mapped. Raises BadInput when it is missing, half written, empty, or when `fingerprint`
+    is given and the corpus was tokenised by another tokenizer."""
+
+    def __init__(self, path: Path | str, fingerprint: str | None = None) -> None:
+        self.path = Path(path)
+        described = self.path / "corpus.json"
+        try:
+            description = json.loads(described.read_text(encoding="utf-8"))
+            self.vocab_size = int(description["vocab_size"])
+            self.fingerprint = str(description["tokenizer"])
+            self.identity = str(description["sha256"])
+            dtype = np.dtype(description["dtype"])
+            documents, tokens = int(description["documents"]), int(description["tokens"])
+            completion_tokens = int(description["completion_tokens"])
+            known = description["format"] == FORMAT
+        except FileNotFoundError:
+            raise BadInput(f"{described}: not found; the corpus is missing or was not written to its end") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{described}: not a corpus description ({type(error).__name__}: {error})") from None
+        if not known:
+            raise BadInput(f"{described}: format is {description['format']!r}, expected {FORMAT}")
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise BadInput(
+                f"{described}: tokenizer is {self.fingerprint}, expected {fingerprint}; tokenise the data again"
+            )
+        _check_counts(self.path, documents, completion_tokens)
+        try:
+            index = np.load(self.path / "index.npy")
+            self._tokens: npt.NDArray[np.unsignedinteger] = np.memmap(self.path / "tokens.bin", dtype=dtype, mode="r")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.path}: tokens.bin or index.npy cannot be read ({error})") from None
+        if index.shape != (documents + 1, 2) or index[-1, 0] != tokens or len(self._tokens) != tokens:
+            raise BadInput(
+                f"{self.path}: tokens.bin and index.npy do not match corpus.json; the corpus is half written"
+            )
+        self._offsets: npt.NDArray[np.int64] = index[:-1, 0].copy()
+        self.lengths: npt.NDArray[np.int64] = np.diff(index[:, 0])
+        self.prompt_lengths: npt.NDArray[np.int64] = index[:-1, 1].copy()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents, prompts included."""
+        return int(self.lengths.sum())
+
+    def slice(self, start: int, stop: int) -> Corpus:
+        """Documents start..stop-1 as a corpus of their own, without a copy. Raises BadInput when the range is empty,
+        not inside the corpus, or has no completion token."""
+        if not 0 <= start < stop <= len(self):
+            raise BadInput(f"{self.path}: documents {start}..{stop} were asked for, it has {len(self)}")
+        part = copy.copy(self)
+        part._offsets = self._offsets[start:stop]
+        part.lengths = self.lengths[start:stop]
+        part.prompt_lengths = self.prompt_lengths[start:stop]
+        part.identity = f"{self.identity}[{start}:{stop}]"
+        _check_counts(self.path, len(part), int((part.lengths - part.prompt_lengths).sum()))
+        return part
+
+    def document(self, index: int) -> tuple[list[int], list[int]]:
+        """Prompt ids and completion ids of one document."""
+        start, cut = int(self._offsets[index]), int(self.prompt_lengths[index])
+        ids = self._tokens[start : start + int(self.lengths[index])].tolist()
+        return ids[:cut], ids[cut:]
+
+    def collate(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """The documents `indices`, padded to the longest of them."""
+        lengths = self.lengths[indices]
+        ids = np.zeros((len(indices), int(lengths.max())), dtype=np.int64)
+        for row, index in enumerate(indices):
+            start, length = int(self._offsets[index]), int(lengths[row])
+            ids[row, :length] = self._tokens[start : start + length]
+        slots = np.arange(ids.shape[1])
+        completion = (slots >= self.prompt_lengths[indices][:, None]) & (slots < lengths[:, None])
+        return Batch(torch.from_numpy(ids), torch.from_numpy(completion), torch.from_numpy(lengths.copy()))
+
+
+def epoch_batches(
+    lengths: npt.NDArray[np.int64], seed: int, epoch: int, batch_tokens: int
+) -> list[npt.NDArray[np.int64]]:
+    """The batches of one epoch, as arrays of document indices: every document exactly once.
+
+    Documents are sorted by length in buckets of 16 tokens, at random inside a bucket, and cut into batches of at most
+    `batch_tokens` padded tokens (a longer document is a batch of its own); then the batches are shuffled.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = np.lexsort((random.random(len(lengths)), -(-lengths // LENGTH_BUCKET)))
+    cuts, start, longest = [], 0, 0
+    for place, length in enumerate(lengths[order].tolist()):
+        longest = max(longest, length)
+        if place > start and (place + 1 - start) * longest > batch_tokens:
+            cuts.append(place)
+            start, longest = place, length
+    groups = np.split(order, cuts)
+    return [groups[i] for i in random.permutation(len(groups))]
+
+
+def batches(corpus: Corpus, cursor: Cursor, batch_tokens: int) -> Iterator[tuple[Batch, Cursor]]:
+    """Endless batches from `cursor` on, each with the cursor that follows it.
+
+    The n-th batch is a function of (corpus, seed, epoch, position, batch_tokens) alone, so that a run goes on exactly
+    where it stopped. Raises BadInput when the cursor points behind its epoch.
+    """
+    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
+    while True:
+        groups = epoch_batches(corpus.lengths, seed, epoch, batch_tokens)
+        if position >= len(groups):
+            raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {len(groups)} batches")
+        for place in range(position, len(groups)):
+            last = place + 1 == len(groups)
+            following = Cursor(seed, epoch + 1, 0) if last else Cursor(seed, epoch, place + 1)
+            yield corpus.collate(groups[place]), following
+        epoch, position = epoch + 1, 0

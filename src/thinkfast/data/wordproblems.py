@@ -1,0 +1,229 @@
+"""A seeded generator of school word problems with worked chains of thought.
+
+A problem tells how many things some people have, each amount given through earlier ones, then what they find and lose on
+the following days, and asks for one number. People come in the order of their names, so that the next one is never in doubt. Its level is the number of calculations that the facts need before the question is asked. The
+solution walks through the facts in order, calculates digit by digit and keeps notes of every amount known so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from thinkfast.data import longhand
+from thinkfast.errors import BadInput
+
+LEVELS = range(1, 11)
+LARGEST = 999
+NAMES = ("Ava", "Ben", "Cora", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivy", "Jon", "Kim", "Leo", "Mia", "Noa", "Oli", "Pia")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "nuts", "pears", "pens", "plums", "shells", "stamps")
+PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
+HELD_OUT_SHARE = 10
+"""One question in this many belongs to the held-out split, by a hash of its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class WordProblem:
+    """One problem with its worked solution; `answer` is the integer as text, `level` the number of calculations."""
+
+    id: str
+    problem: str
+    solution: str
+    answer: str
+    level: int
+
+
+class _Impossible(Exception):
+    """The drawn step has no numbers that fit; the caller draws another."""
+
+
+@dataclass(slots=True)
+class _Story:
+    """A problem in the making: the amounts so far, the sentences told and the lines of the solution."""
+
+    rng: random.Random
+    item: str
+    people: list[str]
+    amounts: dict[str, int]
+    facts: list[str]
+    lines: list[str]
+    changes: int = 0
+
+    def pick(self) -> str:
+        return self.rng.choice(list(self.amounts))
+
+    def next_person(self) -> str:
+        return self.people[len(self.amounts)]
+
+    def note(self, who: str, amount: int) -> None:
+        self.amounts[who] = amount
+        noted = ", ".join(f"{name} = {held}" for name, held in self.amounts.items())
+        self.lines.append(f"Notes: {noted}.")
+
+
+def _compare(story: _Story) -> None:
+    """Ben has 18 more or fewer than Ava."""
+    base, who = story.pick(), story.next_person()
+    have = story.amounts[base]
+    by = story.rng.randint(3, 99)
+    if story.rng.random() < 0.5:
+        word, line, amount = "more", longhand.add(have, by), have + by
+    else:
+        if by > have - 2:
+            raise _Impossible
+        word, line, amount = "fewer", longhand.subtract(have, by), have - by
+    _fits(amount)
+    story.facts.append(f"{who} has {by} {word} {story.item} than {base}.")
+    story.lines.append(f"{who} has {by} {word} than {base}. {base} = {have}. {line} So {who} = {amount}.")
+    story.note(who, amount)
+
+
+def _times(story: _Story) -> None:
+    """Ben has 3 times as many as Ava."""
+    base, who = story.pick(), story.next_person()
+    have, factor = story.amounts[base], story.rng.randint(2, 6)
+    amount = _fits(have * factor)
+    story.facts.append(f"{who} has {factor} times as many {story.item} as {base}.")
+    line = longhand.multiply(have, factor)
+    story.lines.append(f"{who} has {factor} times as many as {base}. {base} = {have}. {line} So {who} = {amount}.")
+    story.note(who, amount)
+
+
+def _part(story: _Story) -> None:
+    """Ben has a third as many as Ava."""
+    divisor = story.rng.choice(list(PARTS))
+    fitting = [name for name, amount in story.amounts.items() if amount % divisor == 0 and amount // divisor > 1]
+    if not fitting:
+        raise _Impossible
+    base, who = story.rng.choice(fitting), story.next_person()
+    have = story.amounts[base]
+    amount = have // divisor
+    story.facts.append(f"{who} has {PARTS[divisor]} as many {story.item} as {base}.")
+    line = longhand.divide(have, divisor)
+    story.lines.append(f"{who} has {PARTS[divisor]} as many as {base}. {base} = {have}. {line} So {who} = {amount}.")
+    story.note(who, amount)
+
+
+def _together(story: _Story) -> None:
+    """Cora has as many as Ava and Ben together."""
+    if len(story.amounts) < 2:
+        raise _Impossible
+    first, second = story.rng.sample(list(story.amounts), 2)
+    who, a, b = story.next_person(), story.amounts[first], story.amounts[second]
+    amount = _fits(a + b)
+    story.facts.append(f"{who} has as many {story.item} as {first} and {second} together.")
+    story.lines.append(
+        f"{who} has as many as {first} and {second} together. {first} = {a}. {second} = {b}. "
+        f"{longhand.add(a, b)} So {who} = {amount}."
+    )
+    story.note(who, amount)
+
+
+def _change(story: _Story) -> None:
+    """On Monday Ava finds or loses some."""
+    who = story.pick()
+    have, by = story.amounts[who], story.rng.randint(3, 99)
+    if story.rng.random() < 0.5:
+        verb, line, amount = "finds", longhand.add(have, by), have + by
+    else:
+        if by > have - 2:
+            raise _Impossible
+        verb, line, amount = "loses", longhand.subtract(have, by), have - by
+    _fits(amount)
+    day = DAYS[story.changes]
+    story.changes += 1
+    story.facts.append(f"On {day} {who} {verb} {by} {story.item}.")
+    story.lines.append(f"On {day} {who} {verb} {by}. {who} = {have}. {line} So {who} = {amount}.")
+    story.note(who, amount)
+
+
+def _fits(amount: int) -> int:
+    if not 2 <= amount <= LARGEST:
+        raise _Impossible
+    return amount
+
+
+def _question(story: _Story) -> tuple[str, str, int]:
+    """The question, the last line of the solution, the answer."""
+    first, second = story.rng.sample(list(story.amounts), 2)
+    a, b = story.amounts[first], story.amounts[second]
+    kind = story.rng.choice(("total", "difference", "cost"))
+    if kind == "total":
+        text = f"How many {story.item} do {first} and {second} have in total?"
+        return text, f"{first} = {a}. {second} = {b}. {longhand.add(a, b)} In total {_fits(a + b)}.", a + b
+    if kind == "difference":
+        if a <= b:
+            raise _Impossible
+        text = f"How many more {story.item} does {first} have than {second}?"
+        return text, f"{first} = {a}. {second} = {b}. {longhand.subtract(a, b)} That is {a - b} more.", a - b
+    price = story.rng.randint(2, 9)
+    text = f"Each of the {story.item} costs {price} dollars. How many dollars are those of {first} worth?"
+    cost = _fits(a * price)
+    return text, f"{first} = {a}. Each costs {price}. {longhand.multiply(a, price)} That is {cost} dollars.", cost
+
+
+_INTRODUCE: tuple[Callable[[_Story], None], ...] = (_compare, _compare, _times, _part, _together)
+
+
+def _draw(rng: random.Random, level: int) -> WordProblem:
+    """One problem with `level` calculations before the question; raises _Impossible when the numbers run away."""
+    place = rng.randrange(len(NAMES))
+    people = [NAMES[(place + step) % len(NAMES)] for step in range(level + 1)]
+    start = rng.randint(5, 99)
+    item = rng.choice(ITEMS)
+    story = _Story(rng, item, people, {}, [f"{people[0]} has {start} {item}."], [f"{people[0]} = {start}."])
+    story.note(people[0], start)
+    changes = rng.randint(0, level // 2) if level > 1 else 0
+    for _ in range(level - changes):
+        rng.choice(_INTRODUCE)(story)
+    for _ in range(changes):
+        _change(story)
+    question, last, answer = _question(story)
+    text = " ".join([*story.facts, question])
+    solution = "\n".join([*story.lines, last, f"#### {answer}"])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return WordProblem(f"wp-{level}-{digest[:16]}", text, solution, str(answer), level)
+
+
+def is_held_out(problem_id: str) -> bool:
+    """Whether a generated problem belongs to the held-out split: a function of its text alone."""
+    return int(problem_id.rsplit("-", 1)[1], 16) % HELD_OUT_SHARE == 0
+
+
+def stream(seed: int, split: str, levels: Sequence[int]) -> Iterator[WordProblem]:
+    """Endless problems of one split ("train" or "held-out"), levels drawn uniformly from `levels`; may repeat a problem."""
+    if split not in ("train", "held-out"):
+        raise BadInput(f"split {split!r}: expected 'train' or 'held-out'")
+    wrong = [level for level in levels if level not in LEVELS]
+    if wrong or not levels:
+        raise BadInput(f"levels {list(levels)}: expected numbers from {LEVELS[0]} to {LEVELS[-1]}")
+    rng = random.Random(f"{seed}/{split}")
+    while True:
+        level = rng.choice(levels)
+        problem = _possible(rng, level)
+        while is_held_out(problem.id) != (split == "held-out"):
+            problem = _possible(rng, level)
+        yield problem
+
+
+def _possible(rng: random.Random, level: int) -> WordProblem:
+    while True:
+        try:
+            return _draw(rng, level)
+        except _Impossible:
+            continue
+
+
+def generate(seed: int, count: int, split: str, levels: Sequence[int]) -> list[WordProblem]:
+    """`count` different problems of one split; the same for the same arguments, everywhere."""
+    if count < 1:
+        raise BadInput(f"count {count}: expected at least 1")
+    found: dict[str, WordProblem] = {}
+    for problem in stream(seed, split, levels):
+        found.setdefault(problem.id, problem)
+        if len(found) == count:
+            break
+    return list(found.values())

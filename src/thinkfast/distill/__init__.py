@@ -1,0 +1,1 @@
+"""Layer-wise alignment and distillation with exact resume."""

@@ -1,0 +1,204 @@
+"""What computes a step: the native kernels, or the decoder itself in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from thinkfast.engine.sampling import draw
+from thinkfast.engine.slots import SlotTable
+from thinkfast.errors import BadInput
+from thinkfast.model.cache import AttentionCache, Cache, new_cache
+from thinkfast.model.config import ATTENTION
+from thinkfast.model.decoder import Decoder
+from thinkfast.model.layers import rope_frequencies
+from thinkfast.ops.cpu.build import BuildError
+from thinkfast.ops.cpu.native import NativeModel, NativePool, Shape
+
+KV_DTYPES = ("auto", "float32", "bfloat16")
+BACKENDS = ("auto", "native", "torch")
+Drawn = tuple[NDArray[np.int32], NDArray[np.float64]]
+
+
+class Memory(Protocol):
+    """What `slots` sequences of at most `capacity` tokens remember. A kept state belongs to the memory that made it."""
+
+    slots: int
+    capacity: int
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+        """Feeds each prompt (possibly empty) and keeps the state behind it."""
+
+    def fork(self, kept: Kept, slot: int) -> None:
+        """Copies a kept state into a slot."""
+
+    def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
+        """Feeds the tokens of the slots in `rows` and draws the next ones; -1 where the logits are not finite.
+
+        `logits` (rows, vocab), where given, receives the logits.
+        """
+
+
+class Backend(Protocol):
+    """Makes the memory that steps run in."""
+
+    name: str
+
+    def memory(self, slots: int, capacity: int) -> Memory:
+        """Memory that may be given back by dropping it."""
+
+    def fits(self, memory: Memory, capacity: int) -> bool:
+        """Whether memory made earlier still serves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The state behind `length` tokens, either as bytes or as a cache of one row."""
+
+    length: int
+    state: NDArray[np.uint8] | Cache
+
+
+class NativeBackend:
+    """The C++ kernels, with `torch.get_num_threads()` threads. Holds a float32 copy of the weights."""
+
+    name = "native"
+
+    def __init__(self, model: Decoder, kv_dtype: str) -> None:
+        config, mamba = model.config, model.config.mamba
+        # Half the bytes a step, and wide enough for keys and values.
+        self.half = kv_dtype != "float32"
+        shape = Shape(
+            vocab=config.vocab_size,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            attention=tuple(kind == ATTENTION for kind in config.layer_types),
+            eps=config.rms_norm_eps,
+        )
+        if mamba is not None:
+            sizes = (mamba.n_heads, mamba.head_dim, mamba.d_state, mamba.n_groups, mamba.d_conv)
+            shape = replace(shape, mamba=sizes)
+        tensors = {**model.state_dict(), "head": model.head_weight}
+        frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.model = NativeModel(shape, tensors, frequency)
+
+    def memory(self, slots: int, capacity: int) -> NativeMemory:
+        return NativeMemory(self.model, slots, capacity, self.half, torch.get_num_threads())
+
+    def fits(self, memory: Memory, capacity: int) -> bool:
+        threads = memory.threads if isinstance(memory, NativeMemory) else 0
+        return memory.capacity >= capacity and threads == torch.get_num_threads()
+
+
+class NativeMemory:
+    """A pool of slots and, behind them, one lane a thread to prefill in."""
+
+    def __init__(self, model: NativeModel, slots: int, capacity: int, half: bool, threads: int) -> None:
+        self.slots, self.capacity, self.threads = slots, capacity, threads
+        self._pool = NativePool(model, slots + threads, capacity, half, threads)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+        kept = []
+        for start in range(0, len(prompts), self.threads):
+            together = prompts[start : start + self.threads]
+            self._pool.prefill(range(self.slots, self.slots + len(together)), together)
+            kept += [Kept(len(p), self._pool.save(self.slots + lane, len(p))) for lane, p in enumerate(together)]
+        return kept
+
+    def fork(self, kept: Kept, slot: int) -> None:
+        if isinstance(kept.state, Cache):
+            raise ValueError("a torch cache was given to the native backend")
+        self._pool.load(slot, kept.length, kept.state)
+
+    def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
+        params = table.params
+        columns = (table.token[rows], table.position[rows], table.key[rows], table.count[rows])
+        return self._pool.step(rows, *columns, params.temperature, params.top_k, params.top_p, logits)
+
+
+class TorchBackend:
+    """`Decoder.forward` with a cache, on the device of the model."""
+
+    name = "torch"
+
+    def __init__(self, model: Decoder, kv_dtype: str) -> None:
+        self.model = model
+        weight = model.embed_tokens.weight
+        self.dtype = weight.dtype if kv_dtype == "auto" else getattr(torch, kv_dtype)
+        self.device = weight.device
+
+    def memory(self, slots: int, capacity: int) -> TorchMemory:
+        return TorchMemory(self.model, slots, capacity, self.dtype, self.device)
+
+    def fits(self, memory: Memory, capacity: int) -> bool:
+        return memory.capacity >= capacity
+
+
+class TorchMemory:
+    """One cache with a row a slot. Idle rows are computed along at position 0."""
+
+    def __init__(self, model: Decoder, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.slots, self.capacity, self.dtype, self.device = model, slots, capacity, dtype, device
+        self._cache = new_cache(model.config, slots, capacity, dtype, device)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+        kept = []
+        for prompt in prompts:
+            cache = new_cache(self.model.config, 1, max(len(prompt), 1), self.dtype, self.device)
+            if prompt:
+                self.model.hidden(torch.tensor([list(prompt)], device=self.device), cache)
+            kept.append(Kept(len(prompt), cache))
+        return kept
+
+    def fork(self, kept: Kept, slot: int) -> None:
+        if not isinstance(kept.state, Cache):
+            raise ValueError("a native state was given to the torch backend")
+        row = torch.tensor([slot], device=self.device)
+        for layer in self._cache.layers:
+            if isinstance(layer, AttentionCache):
+                # A NaN left by an earlier sample would reach this one through a mask: 0 * NaN is NaN.
+                layer.keys[slot], layer.values[slot] = 0, 0
+        self._cache.copy_rows(kept.state, torch.zeros_like(row), row)
+
+    @torch.inference_mode()
+    def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
+        idle = torch.from_numpy(~table.active).to(self.device)
+        for layer in self._cache.layers:
+            if isinstance(layer, AttentionCache):
+                layer.lengths.masked_fill_(idle, 0)
+        tokens = torch.from_numpy(table.token.astype(np.int64)).to(self.device)
+        out = self.model(tokens[:, None], self._cache)[:, 0].float().cpu().numpy()[rows]
+        if logits is not None:
+            logits[:] = out
+        return draw(out, table.key[rows], table.count[rows], table.params)
+
+
+def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto") -> Backend:
+    """`auto` takes the native kernels where the model is on the CPU and they can be compiled, else torch.
+
+    Raises BadInput for an unknown name, and for "native" where the kernels cannot be had.
+    """
+    if backend not in BACKENDS:
+        raise BadInput(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if kv_dtype not in KV_DTYPES:
+        raise BadInput(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
+    on_cpu = model.embed_tokens.weight.device.type == "cpu"
+    if backend == "native" and not on_cpu:
+        raise BadInput(f"backend 'native' needs a model on the cpu, this one is on {model.embed_tokens.weight.device}")
+    if backend == "torch" or not on_cpu:
+        return TorchBackend(model, kv_dtype)
+    try:
+        return NativeBackend(model, kv_dtype)
+    except BuildError as error:
+        if backend == "native":
+            raise BadInput(f"backend 'native': {error}") from error
+        return TorchBackend(model, kv_dtype)

@@ -1,0 +1,113 @@
+"""Which sample is drawn next, and the running samples as columns of arrays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thinkfast.engine.sampling import ERROR, LENGTH, STOP, SamplingParams
+
+
+class Rounds:
+    """The pairs (prompt, sample) still to draw: sample j of every prompt before sample j + 1 of any."""
+
+    def __init__(self, prompts: int, n: int, skip: Collection[tuple[int, int]] = ()) -> None:
+        drawn = frozenset(skip)
+        skipped = Counter(prompt for prompt, sample in drawn if 0 <= prompt < prompts and 0 <= sample < n)
+        self._left = [n - skipped[prompt] for prompt in range(prompts)]
+        every = ((prompt, sample) for sample in range(n) for prompt in range(prompts))
+        self._pairs = (pair for pair in every if pair not in drawn)
+        self._next = next(self._pairs, None)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self
+
+    def __next__(self) -> tuple[int, int]:
+        if self._next is None:
+            raise StopIteration
+        pair, self._next = self._next, next(self._pairs, None)
+        self._left[pair[0]] -= 1
+        return pair
+
+    @property
+    def exhausted(self) -> bool:
+        return self._next is None
+
+    def left(self, prompt: int) -> int:
+        """Samples of a prompt that have not been handed out."""
+        return self._left[prompt]
+
+
+@dataclass(slots=True)
+class Finished:
+    """A sample that has left its slot."""
+
+    slot: int
+    reason: str
+
+
+class SlotTable:
+    """The running samples. Row i of every column belongs to slot i; only slots in `active` mean anything."""
+
+    def __init__(self, slots: int, params: SamplingParams, vocab: int, eos: tuple[int, ...]) -> None:
+        self.params = params
+        self.pair: list[tuple[int, int]] = [(-1, -1)] * slots
+        self.active = np.zeros(slots, bool)
+        self.token = np.zeros(slots, np.int32)
+        self.position = np.zeros(slots, np.int32)
+        self.key = np.zeros(slots, np.uint64)
+        self.count = np.zeros(slots, np.int64)
+        self.logprob = np.zeros(slots, np.float64)
+        self.started = np.zeros(slots, np.float64)
+        self.history = np.zeros((slots, params.max_tokens), np.int32)
+        self._eos = np.zeros(vocab, bool)
+        if not params.ignore_eos:
+            self._eos[[token for token in eos if 0 <= token < vocab]] = True
+        self._stops = [np.asarray(sequence, np.int32) for sequence in params.stop]
+        self._stop_last = np.zeros(vocab, bool)
+        self._stop_last[[sequence[-1] for sequence in params.stop if 0 <= sequence[-1] < vocab]] = True
+
+    def admit(self, slot: int, pair: tuple[int, int], token: int, position: int, key: int, now: float) -> None:
+        """Starts a sample whose next input is `token` at `position`."""
+        self.pair[slot], self.active[slot] = pair, True
+        self.token[slot], self.position[slot], self.key[slot] = token, position, key
+        self.count[slot], self.logprob[slot], self.started[slot] = 0, 0.0, now
+
+    def advance(
+        self, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
+    ) -> list[Finished]:
+        """Appends the drawn tokens to the slots in `rows`; returns those that end, which become free."""
+        known = np.where(tokens < 0, 0, tokens)
+        broken = tokens < 0
+        ended = self._eos[known] & ~broken
+        self.logprob[rows] += np.where(broken, 0.0, logprobs)
+        grown = ~(ended | broken)
+        self.history[rows[grown], self.count[rows[grown]]] = tokens[grown]
+        self.count[rows] += grown
+        self.token[rows], self.position[rows] = known, self.position[rows] + 1
+        full = self.count[rows] >= self.params.max_tokens
+        candidates = np.flatnonzero(broken | ended | full | self._stop_last[known])
+        finished = []
+        for at in candidates:
+            slot = int(rows[at])
+            if broken[at]:
+                finished.append(Finished(slot, ERROR))
+            elif ended[at] or self._stopped(slot):
+                finished.append(Finished(slot, STOP))
+            elif full[at]:
+                finished.append(Finished(slot, LENGTH))
+        for done in finished:
+            self.active[done.slot] = False
+        return finished
+
+    def tokens(self, slot: int) -> tuple[int, ...]:
+        """The tokens a slot has drawn."""
+        return tuple(self.history[slot, : self.count[slot]].tolist())
+
+    def _stopped(self, slot: int) -> bool:
+        held = self.history[slot, : self.count[slot]]
+        return any(len(held) >= len(stop) and np.array_equal(held[-len(stop) :], stop) for stop in self._stops)

@@ -1,0 +1,1 @@
+"""Decoder, mixers, caches, and stock checkpoints."""

@@ -1,0 +1,54 @@
+"""Grouped-query attention with rotary embedding and an optional cache (arXiv 2305.13245, 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinkfast.model.cache import AttentionCache
+from thinkfast.model.config import DecoderConfig
+from thinkfast.model.layers import apply_rope, rope_frequencies
+
+
+class Attention(nn.Module):
+    """Causal attention; query head h reads key/value head h // (num_heads / num_kv_heads)."""
+
+    frequency: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, u: Tensor, cache: AttentionCache | None = None) -> Tensor:
+        """u (B, L, D) -> (B, L, D). With a cache the L tokens are appended at each row's own length."""
+        batch, length, _ = u.shape
+        q = self.q_proj(u).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
+        positions = torch.arange(length, device=u.device)
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions
+        q = apply_rope(q, positions, self.frequency).transpose(1, 2)
+        k = apply_rope(k, positions, self.frequency).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            keys, values = cache.append(k, v)
+            slots = torch.arange(keys.shape[2], device=u.device)
+            visible = slots <= positions[:, :, None]
+            y = F.scaled_dot_product_attention(
+                q, keys.to(q.dtype), values.to(q.dtype), attn_mask=visible[:, None], enable_gqa=True
+            )
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        return out

@@ -1,0 +1,84 @@
+"""The shape of a decoder: one frozen record for teacher and student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+ATTENTION = "attention"
+MAMBA = "mamba"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama-3 frequency scaling (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class MambaConfig:
+    """Mamba-2 mixer shape, in the GraniteMoeHybrid definition: d_inner = n_heads * head_dim."""
+
+    n_heads: int
+    head_dim: int
+    d_state: int
+    n_groups: int
+    d_conv: int = 4
+    chunk_size: int = 64
+
+    @property
+    def d_inner(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels that pass through the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+    @property
+    def in_proj_rows(self) -> int:
+        """Rows of in_proj: z, x, B, C, dt."""
+        return self.d_inner + self.conv_dim + self.n_heads
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Everything that fixes a decoder's tensors and arithmetic. `layer_types` has one entry a layer."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    mamba: MambaConfig | None = None
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        for index, kind in enumerate(self.layer_types):
+            if kind not in (ATTENTION, MAMBA):
+                raise ValueError(f"layer_types[{index}] is {kind!r}, expected {ATTENTION!r} or {MAMBA!r}")
+        if MAMBA in self.layer_types and self.mamba is None:
+            raise ValueError("layer_types names mamba layers but there is no mamba shape")
+        if self.mamba is not None and self.mamba.n_heads % self.mamba.n_groups:
+            raise ValueError(f"mamba n_heads {self.mamba.n_heads} is not a multiple of n_groups {self.mamba.n_groups}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    def with_layers(self, layer_types: tuple[str, ...], mamba: MambaConfig | None) -> DecoderConfig:
+        return replace(self, layer_types=layer_types, mamba=mamba)

@@ -1,0 +1,72 @@
+"""One lean decoder for teacher and student: norm -> mixer -> norm -> SwiGLU, where a mixer is attention or Mamba-2."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinkfast.model.attention import Attention
+from thinkfast.model.cache import AttentionCache, Cache, LayerCache, MambaCache
+from thinkfast.model.config import ATTENTION, DecoderConfig
+from thinkfast.model.layers import RMSNorm, SwiGLU
+from thinkfast.model.mamba2 import Mamba2
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    mixer: Attention | Mamba2
+
+    def __init__(self, config: DecoderConfig, kind: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = Attention(config) if kind == ATTENTION else Mamba2(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def mix(self, u: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """The mixer's output for a normed input u (B, L, D)."""
+        if isinstance(self.mixer, Attention):
+            if isinstance(cache, MambaCache):
+                raise ValueError("an attention layer was given the state of a Mamba layer")
+            attended: Tensor = self.mixer(u, cache)
+            return attended
+        if isinstance(cache, AttentionCache):
+            raise ValueError("a Mamba layer was given keys and values")
+        mixed: Tensor = self.mixer(u, cache)
+        return mixed
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        x = x + self.mix(self.input_layernorm(x), cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Token ids (B, L) -> logits (B, L, vocab). With a `Cache` (see `new_cache`) it goes on from what that holds."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, kind) for kind in config.layer_types])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        untied = not config.tie_word_embeddings
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if untied else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection, (vocab, D)."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """The states after the final norm, (B, L, D)."""
+        x = self.embed_tokens(input_ids)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, None if cache is None else cache.layers[index])
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        return F.linear(self.hidden(input_ids, cache), self.head_weight)

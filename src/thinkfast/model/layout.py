@@ -1,0 +1,250 @@
+"""Stock checkpoint layouts: what the config.json of a Hugging Face model says about a decoder.
+
+Two layouts are known, named by their `model_type`: `llama`, and `granitemoehybrid` in its dense form (no experts).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from thinkfast.errors import BadInput
+from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig, RopeScaling
+
+LLAMA = "llama"
+HYBRID = "granitemoehybrid"
+KINDS = {"mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, "full_attention": ATTENTION}
+UNIT_FIELDS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+
+
+class _Fields:
+    """The fields of one config.json, read with a complaint that names file and field."""
+
+    def __init__(self, raw: dict[str, Any], where: str) -> None:
+        self.raw, self.where = raw, where
+
+    def fail(self, name: str, value: object, expected: str) -> BadInput:
+        return BadInput(f"{self.where}: {name} is {value!r}, expected {expected}")
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.raw.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.fail(name, value, "a positive integer")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.raw.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.fail(name, value, "a positive number")
+        return float(value)
+
+    def token(self, name: str, default: int | None) -> int | None:
+        value = self.raw.get(name, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise self.fail(name, value, "a token id or null")
+        return value
+
+    def only(self, name: str, default: object, supported: object) -> None:
+        """Refuses every value of a field but the one the decoder computes."""
+        value = self.raw.get(name, default)
+        if value != supported:
+            raise self.fail(name, value, f"{supported!r}: nothing else is supported")
+
+
+def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
+    """The layout and the decoder's shape of a config.json already read as `raw`; absent fields have stock defaults.
+
+    Raises BadInput naming `where` and the field, for whatever the decoder does not compute.
+    """
+    fields = _Fields(raw, where)
+    layout = raw.get("model_type")
+    if layout not in (LLAMA, HYBRID):
+        raise BadInput(f"{where}: model_type is {layout!r}, supported are {LLAMA!r} and {HYBRID!r} (dense)")
+    fields.only("quantization_config", None, None)
+    fields.only("hidden_act", "silu", "silu")
+    fields.only("attention_bias", False, False)
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise fields.fail("head_dim", head_dim, "an even number, as rotary embedding asks for")
+    if layout == LLAMA:
+        fields.only("mlp_bias", False, False)
+        kinds: tuple[str, ...] = (ATTENTION,) * fields.integer("num_hidden_layers")
+        mamba = None
+    else:
+        kinds = _parse_layer_types(fields)
+        mamba = _parse_hybrid(fields, hidden, head_dim) if MAMBA in kinds else None
+    theta, scaling = _parse_rope(fields)
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise fields.fail("tie_word_embeddings", tied, "true or false")
+    try:
+        return layout, DecoderConfig(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size" if layout == LLAMA else "shared_intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            head_dim=head_dim,
+            layer_types=kinds,
+            mamba=mamba,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=fields.integer("max_position_embeddings", 2048),
+            tie_word_embeddings=tied,
+            bos_token_id=fields.token("bos_token_id", 1),
+            eos_token_ids=_parse_eos(fields),
+            pad_token_id=fields.token("pad_token_id", None),
+        )
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def _parse_layer_types(fields: _Fields) -> tuple[str, ...]:
+    names = fields.raw.get("layer_types")
+    count = fields.integer("num_hidden_layers")
+    if not isinstance(names, list) or len(names) != count:
+        raise fields.fail("layer_types", names, f"a list of num_hidden_layers = {count} names")
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or name not in KINDS:
+            raise fields.fail(f"layer_types[{index}]", name, f"one of {', '.join(KINDS)}")
+    return tuple(KINDS[name] for name in names)
+
+
+def _parse_hybrid(fields: _Fields, hidden: int, head_dim: int) -> MambaConfig:
+    fields.only("num_local_experts", 8, 0)
+    fields.only("position_embedding_type", None, "rope")
+    fields.only("mamba_proj_bias", False, False)
+    fields.only("mamba_conv_bias", True, True)
+    for name in UNIT_FIELDS:
+        fields.only(name, 1.0, 1.0)
+    multiplier = fields.number("attention_multiplier", 1.0)
+    if not math.isclose(multiplier, head_dim**-0.5, rel_tol=1e-6):
+        raise fields.fail("attention_multiplier", multiplier, f"head_dim ** -0.5 = {head_dim**-0.5!r}")
+    limit = fields.raw.get("time_step_limit")
+    if limit is not None and limit not in ([0, math.inf], [0, {"__float__": "Infinity"}]):
+        raise fields.fail("time_step_limit", limit, "no limit")
+    heads = fields.integer("mamba_n_heads", 128)
+    inner = fields.integer("mamba_expand", 2) * hidden
+    auto = fields.raw.get("mamba_d_head", "auto") == "auto"
+    width = inner // heads if auto else fields.integer("mamba_d_head")
+    if heads * width != inner:
+        raise fields.fail("mamba_d_head", width, f"mamba_expand * hidden_size / mamba_n_heads = {inner / heads:g}")
+    return MambaConfig(
+        n_heads=heads,
+        head_dim=width,
+        d_state=fields.integer("mamba_d_state", 256),
+        n_groups=fields.integer("mamba_n_groups", 1),
+        d_conv=fields.integer("mamba_d_conv", 4),
+        chunk_size=fields.integer("mamba_chunk_size", 256),
+    )
+
+
+def _parse_rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+    """`rope_scaling` goes before `rope_parameters` where both are written, as in transformers."""
+    name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
+    raw = fields.raw.get(name) or {}
+    if not isinstance(raw, dict):
+        raise fields.fail(name, raw, "an object or null")
+    inner = _Fields(raw, f"{fields.where}: {name}")
+    theta = inner.number("rope_theta", fields.number("rope_theta", 10000.0))
+    inner.only("partial_rotary_factor", 1.0, 1.0)
+    fields.only("partial_rotary_factor", 1.0, 1.0)
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise inner.fail("rope_type", kind, "'default' or 'llama3'")
+    if "original_max_position_embeddings" not in raw:
+        raise inner.fail("original_max_position_embeddings", None, "a positive integer")
+    return theta, RopeScaling(
+        factor=inner.number("factor", math.nan),
+        low_freq_factor=inner.number("low_freq_factor", math.nan),
+        high_freq_factor=inner.number("high_freq_factor", math.nan),
+        original_max_position_embeddings=inner.integer("original_max_position_embeddings"),
+    )
+
+
+def _parse_eos(fields: _Fields) -> tuple[int, ...]:
+    value = fields.raw.get("eos_token_id", 2)
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
+            raise fields.fail("eos_token_id", value, "a token id, a list of them, or null")
+    return tuple(values)
+
+
+def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of a decoder, in the spelling that transformers 4.57 and 5, vLLM, SGLang and llama.cpp read.
+
+    Raises BadInput for a shape that the stock class refuses.
+    """
+    theta = {"rope_theta": config.rope_theta}
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling.factor,
+            "low_freq_factor": config.rope_scaling.low_freq_factor,
+            "high_freq_factor": config.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": config.rope_scaling.original_max_position_embeddings,
+        }
+    eos = list(config.eos_token_ids)
+    name = str(dtype).removeprefix("torch.")
+    raw: dict[str, Any] = {
+        "model_type": layout,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        **theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), **theta},
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.pad_token_id,
+        "use_cache": True,
+        "dtype": name,
+        "torch_dtype": name,
+    }
+    if layout == LLAMA:
+        if config.hidden_size % config.num_heads:
+            raise BadInput(f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}")
+        return raw | {"architectures": ["LlamaForCausalLM"], "mlp_bias": False}
+    if config.mamba is None:
+        raise ValueError("the configuration has no mamba shape")
+    if config.mamba.d_inner % config.hidden_size:
+        raise BadInput(
+            f"mamba n_heads * head_dim = {config.mamba.d_inner} is not a multiple of hidden_size {config.hidden_size}"
+        )
+    return raw | {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "layer_types": list(config.layer_types),
+        "shared_intermediate_size": config.intermediate_size,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "rope",
+        "attention_multiplier": config.head_dim**-0.5,
+        **dict.fromkeys(UNIT_FIELDS, 1.0),
+        "mamba_n_heads": config.mamba.n_heads,
+        "mamba_d_head": config.mamba.head_dim,
+        "mamba_expand": config.mamba.d_inner // config.hidden_size,
+        "mamba_d_state": config.mamba.d_state,
+        "mamba_n_groups": config.mamba.n_groups,
+        "mamba_d_conv": config.mamba.d_conv,
+        "mamba_chunk_size": config.mamba.chunk_size,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+    }

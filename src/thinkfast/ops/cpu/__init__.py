@@ -1,0 +1,1 @@
+"""Decoding kernels in C++, compiled on first use."""

@@ -1,0 +1,181 @@
+"""Python's side of the C interface in `decode.cpp`: a packed model and a pool of slots."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from thinkfast.ops.cpu.build import BuildError, build
+
+ATTENTION_TENSORS = (
+    "input_layernorm.weight",
+    "mixer.q_proj.weight",
+    "mixer.k_proj.weight",
+    "mixer.v_proj.weight",
+    "mixer.o_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+MAMBA_TENSORS = (
+    "input_layernorm.weight",
+    "mixer.in_proj.weight",
+    "mixer.conv1d.weight",
+    "mixer.conv1d.bias",
+    "mixer.A_log",
+    "mixer.D",
+    "mixer.dt_bias",
+    "mixer.norm.weight",
+    "mixer.out_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+MAX_TAPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a decoder; the Mamba ones are 0 (groups 1) where it has no Mamba layer."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention: tuple[bool, ...]
+    eps: float
+    mamba: tuple[int, int, int, int, int] = (0, 0, 0, 1, 1)  # heads, head_dim, state, groups, taps
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises BuildError where they cannot be compiled or loaded."""
+    path = build()
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load {path}: {error}") from error
+    pointer, i32, i64, f64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "tf_model_new": (pointer, [pointer, f64, pointer, pointer]),
+        "tf_model_free": (None, [pointer]),
+        "tf_pool_new": (pointer, [pointer, i32, i32, i32, i32, pointer, pointer]),
+        "tf_pool_free": (None, [pointer]),
+        "tf_step": (None, [pointer, i32, *[pointer] * 5, f64, i32, f64, *[pointer] * 3]),
+        "tf_prefill": (None, [pointer, i32, pointer, pointer, pointer]),
+        "tf_state_bytes": (i64, [pointer, i32]),
+        "tf_state_save": (None, [pointer, i32, i32, pointer]),
+        "tf_state_load": (None, [pointer, i32, i32, pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+class NativeModel:
+    """A packed float32 copy of a decoder's weights.
+
+    `tensors` has the names of `Decoder.state_dict()` (`head` for the output projection, which may be tied).
+    Raises BuildError where the kernels cannot be had, MemoryError where the copy does not fit.
+    """
+
+    def __init__(self, shape: Shape, tensors: Mapping[str, Tensor], frequency: Tensor | None) -> None:
+        self._lib = library()
+        if shape.mamba[4] > MAX_TAPS:
+            raise BuildError(f"the kernels take convolutions of at most {MAX_TAPS} taps, got {shape.mamba[4]}")
+        self.shape = shape
+        self.frequency = torch.zeros(shape.head_dim // 2) if frequency is None else frequency.float().cpu()
+        names = ["embed_tokens.weight", "norm.weight", "head"]
+        for index, attention in enumerate(shape.attention):
+            names += [f"layers.{index}.{name}" for name in (ATTENTION_TENSORS if attention else MAMBA_TENSORS)]
+        held = [tensors[name].detach().to("cpu", torch.float32).contiguous() for name in names]
+        pointers = (ctypes.c_void_p * len(held))(*[tensor.data_ptr() for tensor in held])
+        sizes = (shape.vocab, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim)
+        numbers = (ctypes.c_int64 * 12)(*sizes, len(shape.attention), *shape.mamba)
+        kinds = (ctypes.c_int32 * max(len(shape.attention), 1))(*map(int, shape.attention))
+        self._handle = self._lib.tf_model_new(numbers, shape.eps, kinds, pointers)
+        if not self._handle:
+            raise MemoryError("the packed weights do not fit into memory")
+        weakref.finalize(self, self._lib.tf_model_free, self._handle)
+
+
+class NativePool:
+    """Memory for `slots` sequences of at most `capacity` tokens and the threads that decode them.
+
+    Keys and values are bfloat16 where `half`, else float32; Mamba states are float32. Pages are taken when touched.
+    """
+
+    def __init__(self, model: NativeModel, slots: int, capacity: int, half: bool, threads: int) -> None:
+        self._lib, self._model = model._lib, model
+        self.slots, self.capacity, self.half, self.threads = slots, capacity, half, threads
+        angle = torch.arange(capacity)[:, None].float() * model.frequency
+        cosines, sines = torch.cos(angle).contiguous(), torch.sin(angle).contiguous()
+        self._handle = self._lib.tf_pool_new(
+            model._handle, slots, capacity, int(half), threads, cosines.data_ptr(), sines.data_ptr()
+        )
+        if not self._handle:
+            raise MemoryError(f"{slots} slots of {capacity} tokens do not fit into memory")
+        weakref.finalize(self, self._lib.tf_pool_free, self._handle)
+
+    def step(
+        self,
+        slots: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        keys: NDArray[np.uint64],
+        counters: NDArray[np.int64],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        logits: NDArray[np.float32] | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """Feeds tokens (n,) at their positions to distinct slots; returns the drawn tokens and their log-probabilities.
+
+        A token of -1 marks a row whose logits are not finite. `logits` (n, vocab), where given, receives the logits.
+        """
+        count = len(slots)
+        out, logprobs = np.empty(count, np.int32), np.empty(count, np.float64)
+        arrays: tuple[NDArray[Any], ...] = (slots, tokens, positions, keys, counters)
+        for array, kind in zip(arrays, ("int32", "int32", "int32", "uint64", "int64"), strict=True):
+            if array.dtype != kind or len(array) != count or not array.flags.c_contiguous:
+                raise ValueError(f"expected {count} contiguous {kind}, got {len(array)} {array.dtype}")
+        if logits is not None and (logits.shape != (count, self._model.shape.vocab) or logits.dtype != np.float32):
+            raise ValueError(f"logits must be float32 ({count}, {self._model.shape.vocab})")
+        given = [array.ctypes.data for array in arrays]
+        room = None if logits is None else logits.ctypes.data
+        self._lib.tf_step(
+            self._handle, count, *given, temperature, top_k, top_p, out.ctypes.data, logprobs.ctypes.data, room
+        )
+        return out, logprobs
+
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Feeds prompts[i] to slots[i] from position 0."""
+        offsets = np.zeros(len(prompts) + 1, np.int64)
+        np.cumsum([len(prompt) for prompt in prompts], out=offsets[1:])
+        ids = np.fromiter((token for prompt in prompts for token in prompt), np.int32, int(offsets[-1]))
+        rows = np.asarray(slots, np.int32)
+        self._lib.tf_prefill(self._handle, len(prompts), rows.ctypes.data, offsets.ctypes.data, ids.ctypes.data)
+
+    def save(self, slot: int, length: int) -> NDArray[np.uint8]:
+        """What a slot remembers after `length` tokens."""
+        state = np.empty(self._lib.tf_state_bytes(self._handle, length), np.uint8)
+        self._lib.tf_state_save(self._handle, slot, length, state.ctypes.data)
+        return state
+
+    def load(self, slot: int, length: int, state: NDArray[np.uint8]) -> None:
+        """Puts a saved state into a slot; the inverse of `save`."""
+        self._lib.tf_state_load(self._handle, slot, length, state.ctypes.data)

@@ -1,0 +1,273 @@
+"""From samples to verdicts, tables, curves and the summary of a run, for runs and for completions made elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkfast import records, runtime
+from thinkfast.data.problems import Problem
+from thinkfast.errors import BadInput
+from thinkfast.recipe import TEACHER, Compare
+from thinkfast.records import SampleRow, ScoreRow
+
+if TYPE_CHECKING:
+    from thinkfast.scale.budget import Table
+
+CUT_OFF = "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """Samples of one model with their verdicts, row by row; `timed` tells whether t_end was measured."""
+
+    samples: list[SampleRow]
+    scores: list[ScoreRow]
+    timed: bool = True
+
+
+def grade(samples: Sequence[SampleRow], problems: Sequence[Problem]) -> list[ScoreRow]:
+    """The verdict of every sample, in the order of the samples; a sample the clock cut off has no answer."""
+    from thinkfast.scale.grade import Grader, extract_answer
+
+    gold = {problem.id: problem.answer for problem in problems}
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(samples):
+        if row.problem_id not in gold:
+            raise BadInput(f"a sample is of problem {row.problem_id!r}, which is not among the {len(gold)} problems")
+        places.setdefault(row.problem_id, []).append(place)
+    answers = [None if row.finish_reason == CUT_OFF else extract_answer(row.text) for row in samples]
+    scores: dict[int, ScoreRow] = {}
+    workers = runtime.usable_cores()
+    with Grader(workers=workers) as grader, ThreadPoolExecutor(workers) as pool:
+        verdicts = pool.map(lambda item: grader.grade(gold[item[0]], [answers[i] for i in item[1]]), places.items())
+        for (problem, rows), (classes, correct) in zip(places.items(), verdicts, strict=True):
+            for place, klass, right in zip(rows, classes, correct, strict=True):
+                scores[place] = ScoreRow(problem, samples[place].sample_index, answers[place], klass, right)
+    return [scores[place] for place in range(len(samples))]
+
+
+def read_graded(run: Path, name: str) -> Graded:
+    """Samples and verdicts of one model of a run directory."""
+    samples, scores = (
+        records.read_samples(run / "samples" / name),
+        records.read_scores(run / "scores" / f"{name}.parquet"),
+    )
+    if [(row.problem_id, row.sample_index) for row in samples] != [
+        (row.problem_id, row.sample_index) for row in scores
+    ]:
+        raise BadInput(f"{run / 'scores' / name}.parquet: does not belong to the samples in {run / 'samples' / name}")
+    return Graded(samples, scores)
+
+
+def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
+    """JSONL rows with `problem`, `answer`, `completions` and, where it was measured, `t_end` (seconds, a list as long).
+
+    Returns the problems, a sample for every completion, and whether all of them are timed. Raises BadInput naming the
+    file, the row and the field.
+    """
+    from thinkfast.data.problems import load_problems
+
+    problems = load_problems(path)
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    samples: list[SampleRow] = []
+    timed = True
+    for number, (problem, line) in enumerate(zip(problems, lines, strict=True), 1):
+        row = json.loads(line)
+        texts, ends = row.get("completions"), row.get("t_end")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise BadInput(f"{path}: row {number}: completions: expected a list of texts")
+        timed = timed and ends is not None
+        ends = [0.0] * len(texts) if ends is None else ends
+        numbers = isinstance(ends, list) and all(isinstance(end, int | float) for end in ends)
+        if not numbers or len(ends) != len(texts):
+            raise BadInput(f"{path}: row {number}: t_end: expected {len(texts)} numbers of seconds, one a completion")
+        samples += [
+            SampleRow(problem.id, index, 0, text, 0, "stop", 0.0, float(end), 0.0, path.stem)
+            for index, (text, end) in enumerate(zip(texts, ends, strict=True))
+        ]
+    return problems, samples, timed
+
+
+def read_source(source: Path, problems_file: Path | None) -> tuple[list[Problem], Graded]:
+    """Grades a directory of samples, whose problems stand in `problems_file`, or completions in JSONL."""
+    from thinkfast.data.problems import load_problems
+
+    if source.is_dir():
+        samples = records.read_samples(source)
+        if not samples:
+            raise BadInput(f"{source}: holds no part-*.parquet with samples")
+        if problems_file is None:
+            raise BadInput(f"{source}: --problems is needed to grade a directory of samples")
+        problems, timed = load_problems(problems_file), True
+    else:
+        problems, samples, timed = read_completions(source)
+    try:
+        return problems, Graded(samples, grade(samples, problems), timed)
+    except BadInput as error:
+        raise BadInput(f"{source}: {error}") from None
+
+
+def grade_source(source: Path, problems_file: Path | None, out: Path | None) -> dict[str, Any]:
+    """Grades a source, stores the verdicts in `out` where given, and returns the shares of `scored` with the counts."""
+    problems, graded = read_source(source, problems_file)
+    if out is not None:
+        records.write_scores(out, graded.scores)
+    return {"problems": len(problems), "samples": len(graded.samples), **scored(graded, problems)}
+
+
+def source_name(source: Path) -> str:
+    """What a source is called: its directory, or its file up to the first dot."""
+    return source.resolve().name if source.is_dir() else source.name.split(".")[0]
+
+
+def compare_sources(
+    sources: Sequence[Path], problems_file: Path | None, settings: Compare, out: Path | None
+) -> dict[str, Any]:
+    """The curves of several sources over the same problems, each called by its file or directory name."""
+    graded: dict[str, Graded] = {}
+    first: list[Problem] = []
+    for source in sources:
+        problems, entry = read_source(source, problems_file)
+        first = first or problems
+        if [(problem.id, problem.answer) for problem in problems] != [(p.id, p.answer) for p in first]:
+            raise BadInput(f"{source}: its problems are not those of {sources[0]}")
+        name = source_name(source)
+        if name in graded:
+            raise BadInput(f"{source}: two sources are called {name!r}")
+        graded[name] = entry
+    document = compare(graded, first, settings)
+    if out is not None:
+        records.write_json(out, document)
+    return document
+
+
+def table(graded: Graded, problems: Sequence[Problem]) -> Table:
+    """The columns that curves are made of; samples the clock cut off do not count."""
+    import numpy as np
+
+    from thinkfast.scale.budget import Table
+
+    place = {problem.id: index for index, problem in enumerate(problems)}
+    pairs = [pair for pair in zip(graded.samples, graded.scores, strict=True) if pair[0].finish_reason != CUT_OFF]
+    return Table(
+        problem=np.array([place[row.problem_id] for row, _ in pairs], dtype=np.int64),
+        sample_index=np.array([row.sample_index for row, _ in pairs], dtype=np.int64),
+        t_end=np.array([row.t_end for row, _ in pairs], dtype=np.float64),
+        answer_class=np.array([score.answer_class for _, score in pairs], dtype=np.int64),
+        correct=np.array([score.correct for _, score in pairs], dtype=bool),
+    )
+
+
+def compare(graded: Mapping[str, Graded], problems: Sequence[Problem], settings: Compare) -> dict[str, Any]:
+    """The document of `curves.json`; without measured times it ends at the curves against k."""
+    from thinkfast.scale.budget import curves
+
+    tables = {name: table(entry, problems) for name, entry in graded.items()}
+    timed = all(entry.timed for entry in graded.values())
+    grid = settings.grid.seconds if timed else [1.0]
+    document = curves(tables, len(problems), settings.baseline, grid, settings.ks, settings.seed, settings.replicates)
+    if timed:
+        return document
+    return {key: value for key, value in document.items() if key not in ("seconds", "by_time", "difference", "wins")}
+
+
+def scored(graded: Graded, problems: Sequence[Problem]) -> dict[str, float]:
+    """pass@1, coverage and majority with everything that was drawn, each a share of all problems."""
+    from thinkfast.scale.aggregate import majority_vote
+
+    by_problem: dict[str, list[ScoreRow]] = {problem.id: [] for problem in problems}
+    for sample, score in zip(graded.samples, graded.scores, strict=True):
+        if sample.finish_reason != CUT_OFF:
+            by_problem[score.problem_id].append(score)
+    first = covered = voted = 0.0
+    for rows in by_problem.values():
+        right = {row.answer_class for row in rows if row.correct}
+        first += sum(row.correct for row in rows) / max(len(rows), 1)
+        covered += bool(right)
+        voted += majority_vote([row.answer_class if row.answer_class >= 0 else None for row in rows]) in right
+    count = len(by_problem)
+    return {"pass@1": first / count, "coverage": covered / count, "majority": voted / count}
+
+
+def summary(
+    models: Sequence[str], problems: Sequence[Problem], run: Path, stages: Mapping[str, float]
+) -> dict[str, Any]:
+    """The document of `summary.json`; `seconds` is the sum over the stages, sessions that were cut off included."""
+    document = records.read_json(run / "curves" / "curves.json")
+    return {
+        "seconds": round(sum(stages.values()), 3),
+        "problems": len(problems),
+        "models": {name: _model_summary(name, problems, run, document) for name in models},
+        "wins": document["wins"],
+        "stages": dict(stages),
+    }
+
+
+def _model_summary(name: str, problems: Sequence[Problem], run: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    graded = read_graded(run, name)
+    drawn = (records.read_record(run / "samples" / name) or {})["notes"]
+    made = (records.read_record(run / "models" / name) or {})["notes"]
+    training = made.get("train", {})
+    clock, tokens = drawn["drawn"]["seconds"], drawn["drawn"]["tokens"]
+    return {
+        **scored(graded, problems),
+        "majority": document["by_time"][name]["majority"]["mean"][-1],
+        "samples": len(graded.samples),
+        "mean_tokens": tokens / max(len(graded.samples), 1),
+        "sample_seconds": clock,
+        "tokens_per_second": tokens / max(clock, 1e-9),
+        "slots": drawn["slots"]["chosen"],
+        "resumes": len(drawn.get("resumes", [])),
+        "train_tokens": sum(int(stage["tokens"]) for stage in training.values()),
+        "train_seconds": sum(stage["seconds"] for stage in training.values()),
+        "kl": 0.0 if name == TEACHER else made["kl"],
+    }
+
+
+def wins_in_words(summary: Mapping[str, Any], baseline: str = TEACHER) -> list[str]:
+    """One line for every range of time in which a student is above the baseline with its whole band."""
+    wins = summary["wins"]
+    if not wins:
+        return [f"No model is above the {baseline} with its whole 95 % band at any time of the grid."]
+    return [
+        f"{win['model']} beats the {baseline} in {win['metric']} from {win['from_seconds']:.3g} to "
+        f"{win['to_seconds']:.3g} s a problem: {win['difference']:+.3f} [{win['low']:+.3f}, {win['high']:+.3f}] "
+        f"at {win['at_seconds']:.3g} s"
+        for win in wins
+    ]
+
+
+def curves_in_words(document: Mapping[str, Any]) -> list[str]:
+    """A line for every model and k with coverage and majority, then the wins where time was measured."""
+    lines = []
+    for name, curves in document["by_k"].items():
+        for k, covered, voted in zip(
+            document["k"], curves["coverage"]["mean"], curves["majority"]["mean"], strict=False
+        ):
+            lines.append(f"{name:<12} k {k:>4}  coverage {covered:.3f}  majority {voted:.3f}")
+    return lines + (wins_in_words(document, document["baseline"]) if "wins" in document else [])
+
+
+def print_summary(summary: Mapping[str, Any], baseline: str = TEACHER) -> None:
+    """A table of the models and the wins in words, on stdout."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    shown = RichTable(box=None, header_style="bold")
+    shown.add_column("model")
+    for title in ("pass@1", "coverage", "majority", "samples", "tokens/s", "KL", "train tokens"):
+        shown.add_column(title, justify="right")
+    for name, row in summary["models"].items():
+        rates = (f"{row[key]:.3f}" for key in ("pass@1", "coverage", "majority"))
+        kl = f"{row['kl']:.4f}" if row["train_tokens"] else ""
+        trained = f"{row['train_tokens'] / 1e6:.2f}M" if row["train_tokens"] else ""
+        shown.add_row(name, *rates, f"{row['samples']:,}", f"{row['tokens_per_second']:,.0f}", kl, trained)
+    console = Console(highlight=False)
+    console.print(shown)
+    for line in wins_in_words(summary, baseline):
+        console.print(line, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Many answers a problem: drawing, grading, voting, estimating and comparing them against measured time."""

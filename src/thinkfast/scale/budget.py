@@ -1,0 +1,249 @@
+"""Coverage and majority against measured time, with paired intervals and the ranges in which a model wins.
+
+The clock of a model starts with its first prefill and runs over all problems at once. At tau seconds per problem
+exactly those samples count whose t_end <= tau * problems.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from thinkfast.errors import BadInput
+from thinkfast.scale.estimate import (
+    Floats,
+    Ints,
+    bootstrap_weights,
+    majority_shares,
+    pass_at_k,
+    percentile_interval,
+    simultaneous_band,
+)
+
+METRICS = ("coverage", "majority")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Graded samples of one model, a row a sample, as numpy columns of equal length.
+
+    problem: int, 0 .. problems-1. sample_index: int. t_end: seconds on the model's clock. answer_class: int, equal
+    within a problem for equal answers, -1 for an answer that votes for nobody. correct: bool, constant on a class.
+    """
+
+    problem: Ints
+    sample_index: Ints
+    t_end: Floats
+    answer_class: Ints
+    correct: NDArray[np.bool_]
+
+
+def curves(
+    tables: Mapping[str, Table],
+    problems: int,
+    baseline: str,
+    seconds: ArrayLike,
+    ks: Sequence[int],
+    seed: int,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """The document of `curves.json`: curves by k and by time, differences from the baseline, and wins.
+
+    seconds: ascending grid of seconds per problem. A problem without a sample is not covered and has no vote. `k` are
+    those ks for which every problem has enough samples of every model; there may be none.
+    All intervals share the same resampled problems; `band_*` holds simultaneously over the grid, for one model
+    and metric. Raises BadInput for an unusable grid, k, table or baseline.
+    """
+    grid = np.asarray(seconds, dtype=np.float64)
+    if grid.ndim != 1 or not grid.size or not np.isfinite(grid).all() or grid[0] <= 0 or (np.diff(grid) <= 0).any():
+        raise BadInput(f"seconds = {grid.tolist()}: expected ascending positive seconds per problem")
+    if list(ks) != sorted(set(ks)) or (len(ks) and ks[0] < 1):
+        raise BadInput(f"k = {list(ks)}: expected ascending positive integers")
+    if baseline not in tables:
+        raise BadInput(f"baseline = {baseline!r}: expected one of {', '.join(tables)}")
+    if not 0 < confidence < 1:
+        raise BadInput(f"confidence = {confidence}: expected a number between 0 and 1")
+    if problems < 1 or replicates < 1:
+        raise BadInput(f"problems = {problems}, replicates = {replicates}: expected at least 1 of each")
+    for name, table in tables.items():
+        _check(name, table, problems)
+
+    weights = bootstrap_weights(problems, replicates, seed)
+    fewest = min(int(np.bincount(table.problem, minlength=problems).min()) for table in tables.values())
+    sizes = [k for k in ks if k <= fewest]
+    by_k = {name: _values_by_k(table, problems, sizes, seed) for name, table in tables.items()}
+    by_time = {name: _values_by_time(table, problems, grid) for name, table in tables.items()}
+    differences: dict[str, dict[str, Any]] = {}
+    wins: list[dict[str, Any]] = []
+    for name in (name for name in tables if name != baseline):
+        differences[name] = {}
+        for metric in METRICS:
+            curve = _difference(by_time[name][metric] - by_time[baseline][metric], weights, confidence)
+            differences[name][metric] = {key: column.tolist() for key, column in curve.items()}
+            wins += _wins(name, metric, grid, curve)
+    return {
+        "baseline": baseline,
+        "models": list(tables),
+        "problems": problems,
+        "confidence": confidence,
+        "replicates": replicates,
+        "k": sizes,
+        "seconds": grid.tolist(),
+        "by_k": {name: _summary(values, weights, confidence) for name, values in by_k.items()},
+        "by_time": {
+            name: _summary(values, weights, confidence) | {"samples": _samples(tables[name], problems, grid).tolist()}
+            for name, values in by_time.items()
+        },
+        "difference": differences,
+        "wins": wins,
+    }
+
+
+def _check(name: str, table: Table, problems: int) -> None:
+    columns = vars(table)
+    if len({np.shape(column) for column in columns.values()}) != 1 or np.ndim(table.problem) != 1:
+        shapes = ", ".join(f"{key} {np.shape(column)}" for key, column in columns.items())
+        raise BadInput(f"{name}: columns of equal length expected, not {shapes}")
+    outside = (table.problem < 0) | (table.problem >= problems)
+    if outside.any():
+        raise BadInput(f"{name}: problem = {table.problem[outside][0]}: expected 0 .. {problems - 1}")
+    untimed = ~(np.isfinite(table.t_end) & (table.t_end >= 0))
+    if untimed.any():
+        raise BadInput(f"{name}: t_end = {table.t_end[untimed][0]}: expected seconds since the first prefill")
+    order = np.lexsort((table.sample_index, table.problem))
+    problem, sample = table.problem[order], table.sample_index[order]
+    twice = np.flatnonzero((np.diff(problem) == 0) & (np.diff(sample) == 0))
+    if twice.size:
+        raise BadInput(f"{name}: sample_index = {sample[twice[0]]} of problem {problem[twice[0]]} occurs twice")
+    unclassed = (table.answer_class < -1) | (table.correct & (table.answer_class < 0))
+    if unclassed.any():
+        raise BadInput(
+            f"{name}: answer_class = {table.answer_class[unclassed][0]}: expected >= 0, or -1 for a wrong answer"
+        )
+    order = np.lexsort((table.answer_class, table.problem))
+    problem, klass, correct = table.problem[order], table.answer_class[order], table.correct[order]
+    mixed = np.flatnonzero((np.diff(problem) == 0) & (np.diff(klass) == 0) & (correct[1:] != correct[:-1]))
+    if mixed.size:
+        raise BadInput(f"{name}: answer_class = {klass[mixed[0]]} of problem {problem[mixed[0]]} is right and wrong")
+
+
+def _values_by_time(table: Table, problems: int, grid: Floats) -> dict[str, Floats]:
+    """Per problem and grid point (problems, points): is a counted sample right; share of the vote that is right."""
+    point = np.searchsorted(grid * problems, table.t_end)
+    shape = (problems, len(grid))
+    covered = np.zeros(shape, dtype=bool)
+    counted = point < len(grid)
+    hits = counted & table.correct
+    covered[table.problem[hits], point[hits]] = True
+
+    voting = np.flatnonzero(counted & (table.answer_class >= 0))
+    order = voting[np.argsort(table.t_end[voting], kind="stable")]
+    problem, right = table.problem[order], table.correct[order].astype(np.float64)
+    count = _running(np.ones(len(order)), problem, table.answer_class[order])
+    # The leaders after a vote are the classes that reached the highest count; they reached it one after the other.
+    leads = _running_max(count, problem)
+    tied = _running(leads.astype(np.float64), problem, count)
+    shares = _running(np.where(leads, right, 0.0), problem, count) / np.maximum(tied, 1)
+    majority = np.full(shape, np.nan)
+    majority[problem[leads], point[order][leads]] = shares[leads]
+    return {"coverage": np.maximum.accumulate(covered, axis=1).astype(np.float64), "majority": _carried(majority)}
+
+
+def _running(values: Floats, *keys: NDArray[Any]) -> Floats:
+    """Cumulative sum of values over the earlier rows with equal keys, the row itself included."""
+    order = np.lexsort(keys[::-1])
+    if not order.size:
+        return values
+    total = np.cumsum(values[order])
+    first = np.concatenate([[True], np.any([np.diff(key[order]) != 0 for key in keys], axis=0)])
+    before = (total - values[order])[first]
+    sums = np.empty_like(total)
+    sums[order] = total - before[np.cumsum(first) - 1]
+    return sums
+
+
+def _running_max(count: Floats, problem: Ints) -> NDArray[np.bool_]:
+    """Where count equals the largest count so far in its problem; counts are below the number of rows."""
+    order = np.argsort(problem, kind="stable")
+    # Problems are stacked in steps higher than any count, so that one accumulation serves all of them.
+    raised = problem[order] * (len(count) + 1.0) + count[order]
+    leads = np.empty(len(count), dtype=bool)
+    leads[order] = raised == np.maximum.accumulate(raised)
+    return leads
+
+
+def _carried(values: Floats) -> Floats:
+    """Every NaN (rows, points) replaced by the last value before it, or 0."""
+    points = np.arange(values.shape[1])
+    last = np.maximum.accumulate(np.where(np.isnan(values), 0, points), axis=1)
+    return np.nan_to_num(np.take_along_axis(values, last, axis=1))
+
+
+def _values_by_k(table: Table, problems: int, ks: Sequence[int], seed: int) -> dict[str, Floats]:
+    """Per problem and k (problems, ks): pass@k and maj@k."""
+    samples = np.bincount(table.problem, minlength=problems)
+    right = np.bincount(table.problem[table.correct], minlength=problems)
+    coverage = pass_at_k(samples[:, None], right[:, None], np.array(ks, dtype=np.int64)[None, :])
+
+    votes = table.answer_class >= 0
+    order = np.flatnonzero(votes)[np.lexsort((table.answer_class[votes], table.problem[votes]))]
+    problem, klass = table.problem[order], table.answer_class[order]
+    first = np.flatnonzero(np.concatenate([[True], (np.diff(problem) != 0) | (np.diff(klass) != 0)])[: len(order)])
+    count = np.diff(np.append(first, len(order)))
+    owner, correct = problem[first], table.correct[order][first]
+    classes = np.bincount(owner, minlength=problems)
+    slot = np.arange(len(owner)) - (np.cumsum(classes) - classes)[owner]
+    tally = np.zeros((problems, int(classes.max(initial=0))), dtype=np.int64)
+    tally[owner, slot] = count
+    silent = samples - tally.sum(axis=1)
+
+    others = tally[owner[correct]]
+    others[np.arange(len(others)), slot[correct]] = 0
+    majority = np.zeros((problems, len(ks)))
+    np.add.at(majority, owner[correct], majority_shares(count[correct], others, silent[owner[correct]], ks, seed))
+    return {"coverage": coverage, "majority": majority}
+
+
+def _samples(table: Table, problems: int, grid: Floats) -> Floats:
+    """Mean number of counted samples per problem at every grid point."""
+    return np.searchsorted(np.sort(table.t_end), grid * problems, side="right") / problems
+
+
+def _summary(values: Mapping[str, Floats], weights: Floats, confidence: float) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for metric in METRICS:
+        low, high = percentile_interval(values[metric], weights, confidence)
+        mean = values[metric].mean(axis=0)
+        summary[metric] = {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+    return summary
+
+
+def _difference(values: Floats, weights: Floats, confidence: float) -> dict[str, Floats]:
+    low, high = percentile_interval(values, weights, confidence)
+    band_low, band_high = simultaneous_band(values, weights, confidence)
+    return {"mean": values.mean(axis=0), "low": low, "high": high, "band_low": band_low, "band_high": band_high}
+
+
+def _wins(model: str, metric: str, grid: Floats, curve: Mapping[str, Floats]) -> list[dict[str, Any]]:
+    """Maximal runs of grid points with the whole band above zero, each told at its clearest point."""
+    above = np.concatenate([[False], curve["band_low"] > 0, [False]])
+    edges = np.flatnonzero(above[1:] != above[:-1])
+    wins = []
+    for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        at = start + int(np.argmax(curve["band_low"][start:end]))
+        wins.append(
+            {
+                "model": model,
+                "metric": metric,
+                "from_seconds": float(grid[start]),
+                "to_seconds": float(grid[end - 1]),
+                "at_seconds": float(grid[at]),
+                "difference": float(curve["mean"][at]),
+                "low": float(curve["band_low"][at]),
+                "high": float(curve["band_high"][at]),
+            }
+        )
+    return wins

@@ -1,0 +1,322 @@
+"""Which answer a completion gives, and which answers are mathematically equal.
+
+Numbers are compared exactly. Everything else goes to math-verify in processes of their own, each of which the kernel
+ends when one comparison exceeds its time, so that no answer can hold up or bring down the caller.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import queue
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from types import TracebackType
+from typing import Self
+
+_STARTUP_SECONDS = 120.0
+_PATIENCE = 4.0  # seconds on the wall for a second of processor time
+_NUMBER = re.compile(r"([+-]?)(\d{1,200}(?:\.\d{0,200})?|\.\d{1,200})(?: ?/ ?([+-]?\d{1,200}(?:\.\d{1,200})?))?")
+_FRACTION = re.compile(r"([+-]?)\\[dtc]?frac *(?:\{([+-]?\d{1,200})\}|(\d)) *(?:\{([+-]?\d{1,200})\}|(\d))")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{align")
+_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_COUNTED = re.compile(r"(\$?[+-]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?) +([a-z]+(?: [a-z]+)*)\.?", re.IGNORECASE)
+_SCALING = re.compile(
+    r"and|or|to|plus|minus|times|by|over|percent|pct|half|halves|\w*(third|quarter|fourth|fifth|sixth|eighth|tenth)s?"
+    r"|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|k|m|[a-z]",
+    re.IGNORECASE,
+)
+_STATED = (
+    re.compile(r"####[ \t]*(.+)"),
+    re.compile(r"answer is:?[ \t]*(.+?)(?=\.\s|\.?$)", re.IGNORECASE | re.MULTILINE),
+    re.compile(r"^[ \t*]*(?:final answer|answer|a)[ \t*]*:[ \t*]*(.+)", re.IGNORECASE | re.MULTILINE),
+)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The answer a completion states, or None.
+
+    The first of these rules that applies decides: the last \boxed{...}, where one that is cut off means no answer
+    rather than an earlier box; the last "#### X"; the last "the answer is X", up to the end of the sentence; the last
+    line "Answer: X" or "A: X". A dollar sign, a final full stop and thousands commas are taken off, and so are words
+    after a number that only say what is counted ("18 dollars").
+    """
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start >= 0:
+        content = _boxed(text[start:])
+        return _tidy(content) or None if content is not None else None
+    for rule in _STATED:
+        found = rule.findall(text)
+        if found:
+            return _tidy(_without_unit(found[-1].strip())) or None
+    return None
+
+
+def _without_unit(stated: str) -> str:
+    found = _COUNTED.fullmatch(stated)
+    if found and not any(_SCALING.fullmatch(word) for word in found[2].split()):
+        return found[1]
+    return stated
+
+
+def _boxed(text: str) -> str | None:
+    """Content of the box that text begins with; None when it is not closed."""
+    body = re.sub(r"^\\[a-z]+\s*", "", text)
+    if not body.startswith("{"):
+        bare = re.match(r"[^\s$]+", body)
+        return bare.group() if bare else None
+    depth, escaped = 0, False
+    for position, character in enumerate(body):
+        if escaped or character == "\\":
+            escaped = not escaped
+        elif character in "{}":
+            depth += 1 if character == "{" else -1
+            if depth == 0:
+                return body[1:position]
+    return None
+
+
+def _tidy(answer: str) -> str:
+    """The answer without outer spaces, math delimiters, emphasis, currency, full stop and thousands commas."""
+    text, before = answer.replace("−", "-").strip(), None
+    while text != before:
+        before = text
+        text = text.removeprefix("\\$").removesuffix("\\$").removeprefix("**").removesuffix("**")
+        if text.endswith(".") and not text.endswith(("..", "\\right.")):
+            text = text[:-1]
+        for opening, closing in _WRAPPERS:
+            inside = text[len(opening) : -len(closing)]
+            if text == opening + inside + closing and opening not in inside and closing not in inside:
+                text = inside
+        if text.count("$") == 1:
+            text = text.strip("$")
+        text = text.strip()
+    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", "", text)
+    if re.search(r"[()\[\]={}]", text) is None:
+        text = _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+    return text
+
+
+def _number(text: str) -> Fraction | None:
+    """Exact value of a tidied integer, decimal or fraction; None for everything else."""
+    found = _NUMBER.fullmatch(text)
+    if found:
+        sign, top, bottom = found.groups()
+    else:
+        found = _FRACTION.fullmatch(text)
+        if not found:
+            return None
+        sign, top, bottom = found[1], found[2] or found[3], found[4] or found[5]
+    divisor = Fraction(bottom or 1)
+    if not divisor:
+        return None
+    value = Fraction(top) / divisor
+    return -value if sign == "-" else value
+
+
+def _key(text: str) -> Fraction | str:
+    value = _number(text)
+    return text if value is None else value
+
+
+def equivalent(gold: str, prediction: str) -> bool:
+    """Whether two answers are mathematically equal; symmetric; may be called from any thread.
+
+    Plain numbers are equal when they are the same rational number. Otherwise the answers are equal when math-verify
+    accepts either as an answer to the other within 5 seconds of processor time. An empty answer equals nothing.
+    """
+    return _shared_grader().equal(gold, prediction)
+
+
+@lru_cache(maxsize=1)
+def _shared_grader() -> "Grader":
+    grader = Grader()
+    atexit.register(grader.close)
+    return grader
+
+
+class Grader:
+    """Compares and classes answers. Use as a context manager, or call `close`; safe to share between threads.
+
+    seconds: processor time that one comparison may take; what takes longer is not equal. memory_mb: address space of
+    a worker process. workers: processes, each started when first needed.
+    """
+
+    def __init__(self, seconds: float = 5.0, memory_mb: int = 2048, workers: int = 1) -> None:
+        self._seconds = seconds
+        self._memory_mb = memory_mb
+        self._size = workers
+        self._workers: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(workers):
+            self._workers.put(None)
+        self._verdicts: dict[tuple[str, str], bool | None] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes once the comparisons under way are done. A later comparison starts new ones."""
+        for worker in [self._workers.get() for _ in range(self._size)]:
+            if worker is not None:
+                worker.stop()
+            self._workers.put(None)
+
+    def equal(self, gold: str, prediction: str) -> bool:
+        """`equivalent`, with the limits of this grader."""
+        gold, prediction = _tidy(gold), _tidy(prediction)
+        return bool(gold and prediction and self._compare(gold, prediction))
+
+    def grade(self, gold: str, answers: Sequence[str | None]) -> tuple[list[int], list[bool]]:
+        """Answer class and verdict of every answer to one problem.
+
+        Returns (classes, correct). Classes are numbered in order of first appearance, -1 for None. An answer joins the
+        first class whose representative it equals, that of the gold answer before all others: classes never overlap,
+        do not depend on the order of the answers, and correct is `equal(gold, answer)`, the same for a whole class.
+        An answer is given up at the first comparison that exceeds its time, and is then in a class of its own.
+        """
+        texts = [_tidy(answer) if answer is not None else "" for answer in answers]
+        gold = _tidy(gold)
+        keys = {text: _key(text) for text in [gold, *texts] if text}
+        home = {keys[gold]: gold} if gold else {}
+        representatives = [gold] if gold else []
+        for text in sorted(keys, key=lambda text: (isinstance(keys[text], str), text)):
+            if keys[text] in home:
+                continue
+            match, in_time = self._first_equal(representatives, text)
+            home[keys[text]] = text if match is None else match
+            if match is None and in_time:
+                representatives.append(text)
+        numbers: dict[str, int] = {}
+        classes = [numbers.setdefault(home[keys[text]], len(numbers)) if text else -1 for text in texts]
+        return classes, [bool(text and gold) and home[keys[text]] == gold for text in texts]
+
+    def _first_equal(self, representatives: Sequence[str], text: str) -> tuple[str | None, bool]:
+        """The first representative equal to text, and False when text exceeded its time before one was found."""
+        for representative in representatives:
+            verdict = self._compare(representative, text)
+            if verdict is None:
+                return None, False
+            if verdict:
+                return representative, True
+        return None, True
+
+    def _compare(self, gold: str, prediction: str) -> bool | None:
+        """Whether two tidied answers are equal; None when that takes too long or too much memory."""
+        first, second = _key(gold), _key(prediction)
+        if first == second or (isinstance(first, Fraction) and isinstance(second, Fraction)):
+            return first == second
+        pair = (min(gold, prediction), max(gold, prediction))
+        if pair not in self._verdicts:
+            self._verdicts[pair] = self._ask(pair)
+        return self._verdicts[pair]
+
+    def _ask(self, pair: tuple[str, str]) -> bool | None:
+        worker, verdict = self._workers.get(), None
+        try:
+            if worker is not None and not worker.alive():
+                worker.stop()
+                worker = None
+            if worker is None:
+                worker = _Worker(self._seconds, self._memory_mb)
+            verdict = worker.ask(pair)
+        finally:
+            # Also after an interrupt: a reply that nobody read must not be taken for the next one.
+            if verdict is None and worker is not None:
+                worker.stop()
+            self._workers.put(None if verdict is None else worker)
+        return verdict
+
+
+class _Worker:
+    """This file run as a program: reads pairs of answers, writes verdicts, ends when it takes too long."""
+
+    def __init__(self, seconds: float, memory_mb: int) -> None:
+        # A fixed hash seed: the order of sets inside sympy must not decide a verdict.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(seconds), str(memory_mb)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONHASHSEED": "0"},
+            text=True,
+            encoding="utf-8",
+        )
+        if self._read() != "ready":
+            self.stop()
+            raise RuntimeError(f"no grading process: `{sys.executable} -c 'import math_verify'` tells why")
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, pair: tuple[str, str]) -> bool | None:
+        """The verdict, or None when the process ended over it."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(pair) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return {"1": True, "0": False}.get(self._read())
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+def _serve(seconds: float, memory_mb: int) -> None:
+    """The worker: a JSON line with two answers in, a line 1 or 0 out.
+
+    The time limits are timers whose signals nobody handles, so that the kernel ends the process in the middle of any
+    computation, also when the process that asked is gone. Processor time counts, so that a busy machine changes no
+    verdict; the clock on the wall ends what does not even compute.
+    """
+    verdicts = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing that a library prints may be taken for a verdict
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, _STARTUP_SECONDS)
+    logging.disable(logging.CRITICAL)
+    _verify(r"$\frac{x}{2}$", "$0.5x$")  # the first parse is slow and belongs to no answer
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    limit = memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print("ready", file=verdicts, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE * seconds)
+        equal = _verify(*json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(int(equal), file=verdicts, flush=True)
+
+
+def _verify(first: str, second: str) -> bool:
+    """math-verify in both directions, since its own relation is not symmetric."""
+    from math_verify import parse, verify
+
+    one, two = (
+        parse(text if _DELIMITED.search(text) else f"${text}$", parsing_timeout=None) for text in (first, second)
+    )
+    return bool(verify(one, two, timeout_seconds=None) or verify(two, one, timeout_seconds=None))
+
+
+if __name__ == "__main__":
+    _serve(float(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,215 @@
+"""Draws completions of every problem from one model against the clock, and stores them as they finish.
+
+Rows reach the disk about every two seconds from a thread of their own, so that the engine does not wait for the disk.
+A session that is cut off goes on at (problem, sample index) with the clock it had spent, lost work included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from thinkfast import progress, records
+from thinkfast.data.chat import render_prompt
+from thinkfast.data.problems import Problem, dump_problems
+from thinkfast.data.tokenizer import load_tokenizer
+from thinkfast.recipe import SampleSettings
+from thinkfast.records import SampleRow
+
+if TYPE_CHECKING:
+    from thinkfast.engine.engine import Engine
+    from thinkfast.engine.sampling import Sample, SamplingParams
+    from thinkfast.model.decoder import Decoder
+
+FLUSH_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a model has drawn: rows, tokens, and the seconds on its clock."""
+
+    samples: int
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def sample_model(
+    model_dir: Path,
+    problems: Sequence[Problem],
+    settings: SampleSettings,
+    out_dir: Path,
+    name: str | None = None,
+    update: progress.Update = progress.silent,
+) -> Drawn:
+    """Draws up to `settings.n` samples a problem within `settings.seconds` of clock into part files of `out_dir`.
+
+    The clock starts with the first prefill; loading, the choice of slots and grading are outside it. When interrupted,
+    everything finished so far is kept and the next call goes on. `update` gets the share that is done, 0 to 1.
+    Raises BadInput for an unusable model, and when `out_dir` holds samples of other settings.
+    """
+    inputs = {"model": records.hash_path(model_dir, records.MODEL_FILES), "problems": problems_hash(problems)}
+    described = settings.model_dump(mode="json")
+    with records.locked(out_dir), records.stage(out_dir, name="sample", settings=described, inputs=inputs) as run:
+        drawn = _on_disk(run)
+        if not run.done:
+            if run.resuming:
+                run.note("resumes", [*run.notes.get("resumes", []), {"samples": drawn.samples, "clock": drawn.seconds}])
+            drawn = _draw(model_dir, problems, settings, run, name or model_dir.name, update)
+    return drawn
+
+
+def problems_hash(problems: Sequence[Problem]) -> str:
+    """Identifies a problem set by its content."""
+    return hashlib.sha256(dump_problems(problems).encode()).hexdigest()
+
+
+def _on_disk(run: records.Stage) -> Drawn:
+    """The rows in the stage's directory; the clock is the latest end, or what a session had spent when cut off."""
+    rows = records.read_samples(run.directory)
+    latest = max((row.t_end for row in rows), default=0.0)
+    return Drawn(len(rows), sum(row.token_count for row in rows), max(latest, float(run.notes.get("clock", 0.0))))
+
+
+def _draw(
+    model_dir: Path,
+    problems: Sequence[Problem],
+    settings: SampleSettings,
+    run: records.Stage,
+    name: str,
+    update: progress.Update,
+) -> Drawn:
+    import torch
+
+    from thinkfast.engine.engine import Engine
+    from thinkfast.engine.sampling import SamplingParams
+    from thinkfast.model.checkpoint import load_model
+
+    tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
+    prompts = [render_prompt(tokenizer, problem.problem) for problem in problems]
+    params = SamplingParams(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=settings.seed,
+    )
+    engine = Engine(model, slots=_slots(model, prompts, params, settings, run))
+    run.note("engine", {"backend": engine.backend, "threads": torch.get_num_threads()})
+    _trial(engine, prompts[:1], params, deadline=0.5)
+    place = {problem.id: index for index, problem in enumerate(problems)}
+    before = _on_disk(run)
+    skip = frozenset((place[row.problem_id], row.sample_index) for row in records.read_samples(run.directory))
+    tokens = before.tokens
+
+    def row(problem: int, index: int, sample: Sample) -> SampleRow:
+        return SampleRow(
+            problem_id=problems[problem].id,
+            sample_index=index,
+            seed=settings.seed,
+            text=tokenizer.decode(list(sample.token_ids)),
+            token_count=len(sample.token_ids),
+            finish_reason=sample.finish_reason,
+            t_start=sample.t_start,
+            t_end=sample.t_end,
+            logprob_sum=sample.logprob_sum,
+            model=name,
+        )
+
+    with _Writer(run, row, before.seconds) as writer:
+        finished = engine.stream(
+            prompts, settings.n, params, deadline=settings.seconds, skip=skip, clock_start=before.seconds
+        )
+        for count, (problem, index, sample) in enumerate(finished, before.samples + 1):
+            writer.add(problem, index, sample)
+            tokens += len(sample.token_ids)
+            share = max(sample.t_end / settings.seconds, count / (settings.n * len(problems)))
+            update(min(share, 1.0), f"{count} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s")
+    del run.notes["clock"]
+    drawn = _on_disk(run)
+    run.note("drawn", {"samples": drawn.samples, "tokens": drawn.tokens, "seconds": drawn.seconds})
+    return drawn
+
+
+def _slots(
+    model: Decoder, prompts: list[list[int]], params: SamplingParams, settings: SampleSettings, run: records.Stage
+) -> int:
+    """The number of slots that decodes most tokens a second, measured outside the clock once and kept in run.json."""
+    from thinkfast.engine.engine import Engine
+
+    if len(settings.slots) == 1:
+        run.note("slots", {"chosen": settings.slots[0]})
+    if "slots" not in run.notes:
+        rates = {}
+        for slots in settings.slots:
+            engine = Engine(model, slots=slots)
+            _trial(engine, prompts[:1], params, deadline=0.5)
+            rates[slots] = _trial(engine, prompts, params, deadline=settings.trial_seconds)
+        chosen = max(rates, key=lambda slots: rates[slots])
+        measured = {str(slots): round(rate, 1) for slots, rate in rates.items()}
+        run.note("slots", {"chosen": chosen, "tokens_per_second": measured, "seconds": settings.trial_seconds})
+    return int(run.notes["slots"]["chosen"])
+
+
+def _trial(engine: Engine, prompts: list[list[int]], params: SamplingParams, deadline: float) -> float:
+    """Tokens per second over `deadline` seconds of sampling, completions that were cut off included."""
+    started = time.monotonic()
+    tokens = sum(len(sample.token_ids) for _, _, sample in engine.stream(prompts, 64, params, deadline=deadline))
+    return tokens / max(time.monotonic() - started, 1e-9)
+
+
+class _Writer:
+    """Stores finished samples, and the clock they reach, from a thread of its own until the block ends."""
+
+    def __init__(self, run: records.Stage, row: Callable[[int, int, Sample], SampleRow], clock: float) -> None:
+        self._run, self._row, self._clock_start = run, row, clock
+        self._pending: list[tuple[int, int, Sample]] = []
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._error: OSError | None = None
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._check()
+
+    def add(self, problem: int, index: int, sample: Sample) -> None:
+        """Takes a sample; raises the OSError that stopped the thread, if one did."""
+        self._check()
+        with self._lock:
+            self._pending.append((problem, index, sample))
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        try:
+            while not self._stop.wait(FLUSH_SECONDS):
+                self._store()
+            self._store()
+        except OSError as error:
+            self._error = error
+
+    def _store(self) -> None:
+        with self._lock:
+            finished, self._pending = self._pending, []
+        if finished:
+            records.append_samples(self._run.directory, [self._row(*entry) for entry in finished])
+        self._run.note("clock", round(self._clock_start + time.monotonic() - self._started, 3))

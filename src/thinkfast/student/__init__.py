@@ -1,0 +1,1 @@
+"""Which layers stay attention, and how a teacher's weights become a student's."""

@@ -1,0 +1,149 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from thinkfast import records
+from thinkfast.data.chat import render_prompt
+from thinkfast.data.problems import Problem, dump_problems
+from thinkfast.data.tokenizer import load_tokenizer
+from thinkfast.data.wordproblems import generate
+from thinkfast.engine import Engine, SamplingParams
+from thinkfast.errors import BadInput
+from thinkfast.model.checkpoint import load_model
+from thinkfast.recipe import SampleSettings
+from thinkfast.scale.sample import sample_model
+
+SETTINGS = SampleSettings(n=3, seconds=60.0, temperature=0.9, max_tokens=20, slots=(4,), seed=11)
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    return [Problem(made.id, made.problem, made.answer) for made in generate(3, 5, "held-out", [1])]
+
+
+def test_rows_are_what_the_engine_draws(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
+    shares: list[float] = []
+    drawn = sample_model(tiny_teacher, problems, SETTINGS, tmp_path, "t", lambda share, _: shares.append(share))
+    tokenizer = load_tokenizer(tiny_teacher)
+    prompts = [render_prompt(tokenizer, problem.problem) for problem in problems]
+    params = SamplingParams(max_tokens=20, temperature=0.9, seed=11)
+    expected = Engine(load_model(tiny_teacher), slots=4).sample(prompts, 3, params)
+    rows = {(row.problem_id, row.sample_index): row for row in records.read_samples(tmp_path)}
+    assert len(rows) == drawn.samples == 15
+    for problem, wanted in zip(problems, expected, strict=True):
+        for index, sample in enumerate(wanted):
+            row = rows[problem.id, index]
+            assert row.text == tokenizer.decode(list(sample.token_ids))
+            assert row.token_count == len(sample.token_ids)
+            assert row.finish_reason == sample.finish_reason
+            assert row.logprob_sum == pytest.approx(sample.logprob_sum, rel=1e-5)
+            assert (row.seed, row.model) == (11, "t")
+    assert drawn.tokens == sum(row.token_count for row in rows.values())
+    assert drawn.seconds == max(row.t_end for row in rows.values())
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_a_finished_directory_is_not_drawn_again(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
+    first = sample_model(tiny_teacher, problems, SETTINGS, tmp_path)
+    parts = {path: path.stat().st_mtime_ns for path in tmp_path.glob("part-*")}
+    assert sample_model(tiny_teacher, problems, SETTINGS, tmp_path) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("part-*")} == parts
+    with pytest.raises(BadInput, match=r"was made with temperature = 0\.9, not 0\.5"):
+        sample_model(tiny_teacher, problems, SETTINGS.model_copy(update={"temperature": 0.5}), tmp_path)
+    with pytest.raises(BadInput, match="was made from another problems"):
+        sample_model(tiny_teacher, problems[1:], SETTINGS, tmp_path)
+
+
+def test_an_interrupt_keeps_what_was_finished_and_the_clock_goes_on(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path
+) -> None:
+    def interrupt(share: float, text: str) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=str(tmp_path)):
+        sample_model(tiny_teacher, problems, SETTINGS, tmp_path, update=interrupt)
+    kept = records.read_samples(tmp_path)
+    assert 7 <= len(kept) < 15
+    spent = records.read_json(tmp_path / "run.json")["notes"]["clock"]
+    assert spent >= max(row.t_end for row in kept) - 0.001
+    sample_model(tiny_teacher, problems, SETTINGS, tmp_path)
+    rows = records.read_samples(tmp_path)
+    assert rows[: len(kept)] == kept
+    assert min(row.t_start for row in rows[len(kept) :]) >= spent
+    record = records.read_json(tmp_path / "run.json")
+    assert record["notes"]["resumes"] == [{"samples": len(kept), "clock": spent}]
+    whole = tmp_path / "whole"
+    sample_model(tiny_teacher, problems, SETTINGS, whole)
+    texts = {(row.problem_id, row.sample_index): row.text for row in rows}
+    assert texts == {(row.problem_id, row.sample_index): row.text for row in records.read_samples(whole)}
+
+
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+from thinkfast.data.problems import load_problems
+from thinkfast.recipe import SampleSettings
+from thinkfast.scale import sample
+torch.set_num_threads(1)
+sample.FLUSH_SECONDS = 0.05
+model, problems, out, settings = sys.argv[1:]
+sample.sample_model(Path(model), load_problems(problems), SampleSettings.model_validate_json(settings), Path(out))
+"""
+
+
+def test_killed_it_goes_on_and_the_lost_time_counts(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "problems.jsonl", tmp_path / "out"
+    file.write_text(dump_problems(problems))
+    settings = SETTINGS.model_copy(update={"n": 2000, "seconds": 1.0})
+    command = [sys.executable, "-c", PROGRAM, str(tiny_teacher), str(file), str(out), settings.model_dump_json()]
+    with subprocess.Popen(command) as process:
+        while not list(out.glob("part-*.parquet")):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+    kept = records.read_samples(out)
+    spent = max([0.0, *(row.t_end for row in kept)])
+    drawn = sample_model(tiny_teacher, problems, settings, out)
+    rows = records.read_samples(out)
+    assert rows[: len(kept)] == kept
+    assert drawn.samples == len(rows) > len(kept)
+    assert min(row.t_start for row in rows[len(kept) :]) >= spent
+    assert 1.0 <= drawn.seconds < 3.0
+
+
+def test_the_clock_ends_it(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"n": 100_000, "seconds": 0.4})
+    drawn = sample_model(tiny_teacher, problems, settings, tmp_path)
+    rows = records.read_samples(tmp_path)
+    cut = [row for row in rows if row.finish_reason == "deadline"]
+    assert 0 < len(cut) <= 4
+    assert 0.4 <= drawn.seconds < 2.0
+    assert all(row.t_end < 0.4 for row in rows if row.finish_reason != "deadline")
+    counts = [sum(row.problem_id == problem.id for row in rows) for problem in problems]
+    assert max(counts) - min(counts) <= 1
+    assert records.read_json(tmp_path / "run.json")["status"] == "complete"
+
+
+def test_the_fastest_slots_are_chosen_once(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"slots": (1, 5), "trial_seconds": 0.2})
+    sample_model(tiny_teacher, problems, settings, tmp_path)
+    slots = json.loads((tmp_path / "run.json").read_text())["notes"]["slots"]
+    rates = slots["tokens_per_second"]
+    assert set(rates) == {"1", "5"}
+    assert rates[str(slots["chosen"])] == max(rates.values())
+    assert all(rate > 0 for rate in rates.values())
+
+
+def test_a_model_without_a_tokenizer_is_named(problems: list[Problem], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match=r"empty"):
+        sample_model(tmp_path / "empty", [replace(problems[0], id="x")], SETTINGS, tmp_path / "out")
