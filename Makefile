@@ -22,8 +22,10 @@ lint: $(VENV)/.dev-installed  ## ruff
 types: $(VENV)/.dev-installed  ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo-installed  ## tokens per second of every bundled shape over batch and context
-	$(BIN)/thinkfast bench
+bench: $(VENV)/.demo-installed  ## tokens per second of teacher, hybrid and pure student over batch and context
+	$(BIN)/thinkfast convert bundled runs/bench/pure >/dev/null
+	$(BIN)/thinkfast convert bundled runs/bench/hybrid --attention 1 >/dev/null
+	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --out benchmarks/results/decode.json
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -14,6 +14,7 @@ FLOORS = {
     "report": 5,
     "results": 5,
     "doctor": 5,
+    "stages": 5,
     "scale": 4,
     "distill": 4,
     "bench": 4,

@@ -25,6 +25,7 @@ def recipe(path: Path, **changes: Any) -> Recipe:
         "distill": {"tokens": 4000, "lr": 1e-3, "batch_tokens": 1024},
         "student": [{"name": "pure"}, {"name": "hybrid", "attention": [0]}],
         "sample": {"n": 4, "seconds": 30, "max_tokens": 24, "slots": [4, 8], "trial_seconds": 0.05},
+        "bench": {"batches": [2], "contexts": [48, 64]},
         "compare": {"grid": {"first": 0.0005, "last": 0.01, "points": 5}, "ks": [1, 2, 4], "replicates": 50},
         "report": {"problems": 3},
     }

@@ -74,11 +74,11 @@ def convert(
     seed: Seed = 0,
 ) -> None:
     """Turn a teacher into an untrained student and show where every tensor comes from."""
-    from thinkfast import pipeline
+    from thinkfast import stages
     from thinkfast.recipe import Student, section
 
     student = section(Student, {"name": "student", "attention": _numbers(attention), "init": init, "seed": seed})
-    print(pipeline.convert_model(pipeline.teacher_directory(str(teacher)), student, data, out))
+    print(stages.convert_model(stages.teacher_directory(str(teacher)), student, data, out))
 
 
 @app.command()
@@ -96,8 +96,7 @@ def distill(
 
     raw = {"student": [{"name": "student", "attention": _numbers(attention)}], "corpus": {"path": str(data)}}
     recipe = with_overrides(raw, "distill", overrides or [])
-    notes = pipeline.distill_model(pipeline.teacher_directory(str(teacher)), recipe.corpus, recipe.student[0], out)
-    _finish(notes, json_)
+    _finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out), json_)
 
 
 @app.command()
@@ -122,7 +121,7 @@ def sample(
     values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     values |= {"max_tokens": max_tokens, "slots": _numbers(slots), "seed": seed}
     settings = section(SampleSettings, values)
-    _finish(pipeline.sample_file(pipeline.teacher_directory(str(model)), problems, settings, out), json_)
+    _finish(pipeline.sample_file(model, problems, settings, out), json_)
 
 
 @app.command()
@@ -174,6 +173,24 @@ def report(
     from thinkfast.report.page import write_report
 
     print(write_report(run_dir, out or run_dir / "report", shown))
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="Model directories, run directories, or 'bundled'.")],
+    batches: Annotated[str, typer.Option(help="Completions decoded at once.")] = "1,16,128",
+    contexts: Annotated[str, typer.Option(help="Tokens behind each of them.")] = "64,256,1000",
+    out: Annotated[
+        Path | None, typer.Option(help="A file for the document; RUN/bench.json goes into RUN's report.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Measure decoded tokens per second, and how near that is to what the machine can do."""
+    from thinkfast import pipeline
+    from thinkfast.recipe import Bench, section
+
+    settings = section(Bench, {"batches": _numbers(batches), "contexts": _numbers(contexts)})
+    _finish(pipeline.bench_file(models, settings, out), json_)
 
 
 @app.command()

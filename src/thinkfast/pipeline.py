@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from thinkfast import progress, records, results, runtime
-from thinkfast.data.problems import Problem, dump_problems, load_problems
+from thinkfast import progress, records, results
+from thinkfast.data.problems import Problem, load_problems
 from thinkfast.errors import BadInput
-from thinkfast.recipe import (
-    TEACHER,
-    Problems,
-    Recipe,
-    SampleSettings,
-    Student,
-    Text,
-    Training,
-    dump_recipe,
-    load_recipe,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from thinkfast.data.corpus import Corpus
-    from thinkfast.data.tokenizer import Tokenizer
-    from thinkfast.distill.trainer import Progress, TrainSettings
-
-CALIBRATION_ROWS = 64
-TEACHER_FILES = ("*.json", "*.safetensors", "*.jinja", "LICENSE*")
-Say = Callable[[str], None]
-
-
-class Stages:
-    """Opens stages, and tells of each in one line with its seconds when it ends."""
-
-    def __init__(self, say: Say) -> None:
-        self.seconds: dict[str, float] = {}
-        self._say = say
-
-    @contextmanager
-    def open(
-        self, title: str, directory: Path, *, settings: Mapping[str, Any], inputs: Mapping[str, str]
-    ) -> Iterator[records.Stage]:
-        """`records.stage` of the title's first word; a stage may note "result", a few words for its line."""
-        with records.stage(directory, name=title.split()[0], settings=settings, inputs=inputs) as run:
-            yield run
-        self.tell(title, run.seconds, str(run.notes.get("result", "")), run.done)
-
-    def tell(self, title: str, seconds: float, result: str, kept: bool) -> None:
-        self.seconds[title] = seconds
-        self._say(f"{title:<18}{seconds:>8.1f} s  {result}{' (done before)' if kept else ''}")
+from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Student, Text, dump_recipe, load_recipe
+from thinkfast.stages import Say, Stages, copy_teacher, make_corpus, make_problems, make_student, teacher_directory
 
 
 def run_file(path: Path, out: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -85,6 +40,7 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
             make_student(student, teacher, corpus, recipe.corpus.held_out, out / "models" / student.name, stages)
         for name in recipe.models:
             _sample(recipe, name, problems, out, stages)
+        _bench(recipe, out, stages)
         _grade(recipe, problems, out, stages)
         _compare(recipe, problems, out, stages)
         records.write_json(out / "summary.json", results.summary(recipe.models, problems, out, stages.seconds))
@@ -93,55 +49,6 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
         records.write_json(out / "summary.json", summary)
         records.write_text(out / "recipe.toml", dump_recipe(recipe))
     return summary
-
-
-def teacher_directory(path: str) -> Path:
-    """The directory a recipe means; "bundled" is the small teacher that comes with the package."""
-    directory = runtime.ASSETS / "teacher" if path == "bundled" else Path(path)
-    if not directory.is_dir():
-        raise BadInput(f"{directory}: no such model directory")
-    return directory
-
-
-def make_problems(settings: Problems, directory: Path, stages: Stages) -> list[Problem]:
-    """The held-out problems: generated, or the first `count` of a file."""
-    inputs = {} if settings.path is None else {"problems file": records.hash_path(Path(settings.path))}
-    with stages.open("problems", directory, settings=settings.model_dump(mode="json"), inputs=inputs) as run:
-        if not run.done:
-            problems = load_problems(settings.path) if settings.path else generated(settings, "held-out")
-            problems = problems[: settings.count]
-            records.write_text(directory / "problems.jsonl", dump_problems(problems))
-            run.note("result", f"{len(problems)} problems")
-    return load_problems(directory / "problems.jsonl")
-
-
-def generated(settings: Problems | Text, split: str) -> list[Problem]:
-    """Generated word problems of one split, no question twice."""
-    from thinkfast.data.wordproblems import generate
-
-    count = settings.count if isinstance(settings, Problems) else settings.problems
-    return [
-        Problem(made.id, made.problem, made.answer, made.level, made.solution)
-        for made in generate(settings.seed, count, split, list(settings.levels))
-    ]
-
-
-def copy_teacher(source: Path, directory: Path, stages: Stages) -> Path:
-    """Copies what a stock model directory needs, so that the run stands on its own."""
-    from thinkfast.model.checkpoint import read_config
-
-    config = read_config(source)
-    inputs = {"teacher": records.hash_path(source, records.MODEL_FILES)}
-    with stages.open("teacher", directory, settings={}, inputs=inputs) as run:
-        if not run.done:
-            for pattern in TEACHER_FILES:
-                for file in source.glob(pattern):
-                    if file.name != records.RECORD:
-                        temporary = directory / f".{file.name}.tmp"
-                        shutil.copyfile(file, temporary)
-                        temporary.replace(directory / file.name)
-            run.note("result", f"{config.num_layers} layers of width {config.hidden_size}")
-    return directory
 
 
 def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
@@ -163,161 +70,17 @@ def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
         raise BadInput(f"sample.max_tokens {recipe.sample.max_tokens}: the longest prompt leaves room for {room}")
 
 
-def convert_model(teacher_dir: Path, student: Student, data: Path | None, out: Path) -> str:
-    """Converts a teacher without training, calibrated on `data` (problems with solutions) where given.
-
-    Returns the plan as text. Raises BadInput as `stage` does, and for layers that the teacher has not got.
-    """
-    from thinkfast.data.corpus import write_corpus
-    from thinkfast.data.tokenizer import load_tokenizer
-    from thinkfast.model.checkpoint import load_model, save_model
-    from thinkfast.student.convert import convert
-    from thinkfast.student.plan import LayerPlan, plan_document, render_plan
-
-    inputs = {"teacher": records.hash_path(teacher_dir, records.MODEL_FILES)}
-    if data is not None:
-        inputs["data"] = records.hash_path(data)
-    teacher, tokenizer = load_model(teacher_dir), load_tokenizer(teacher_dir)
-    plan = LayerPlan(student.attention, student.init)
-    document = plan_document(plan, teacher.config, calibrated=data is not None)
-    settings = {"attention": list(student.attention), "init": student.init}
-    with records.stage(out, name="convert", settings=settings, inputs=inputs, seed=student.seed) as run:
-        if not run.done:
-            ids = None
-            if data is not None:
-                documents = _documents(load_problems(data), tokenizer, str(data))
-                with tempfile.TemporaryDirectory() as folder:
-                    ids = calibration_ids(write_corpus(folder, documents, tokenizer.fingerprint, tokenizer.vocab_size))
-            save_model(convert(teacher, plan, ids, student.seed), out, tokenizer_from=teacher_dir)
-            records.write_json(out / "plan.json", document)
-    return render_plan(document)
-
-
-def distill_model(teacher_dir: Path, text: Text, student: Student, out: Path, say: Say = print) -> dict[str, Any]:
+def distill_model(teacher: Path, text: Text, student: Student, out: Path, say: Say = print) -> dict[str, Any]:
     """Makes one student of a teacher from a file of problems with solutions: `out/corpus`, then `out/<its name>`.
 
     Returns what the student's run.json notes: the KL divergence, alignment errors, tokens and seconds.
     """
-    stages = Stages(say)
+    stages, teacher_dir = Stages(say), teacher_directory(str(teacher))
     with records.locked(out):
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
         make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]
     return notes
-
-
-def make_corpus(settings: Text, teacher: Path, directory: Path, stages: Stages) -> Corpus:
-    """Problems of the train split with their worked solutions, tokenised for the teacher."""
-    from thinkfast.data.corpus import Corpus, write_corpus
-    from thinkfast.data.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(teacher)
-    inputs = {"tokenizer": tokenizer.fingerprint}
-    if settings.path is not None:
-        inputs["corpus file"] = records.hash_path(Path(settings.path))
-    with stages.open("corpus", directory, settings=settings.model_dump(mode="json"), inputs=inputs) as run:
-        if not run.done:
-            source = settings.path or "the generated problems"
-            problems = load_problems(settings.path) if settings.path else generated(settings, "train")
-            documents = _documents(problems, tokenizer, source)
-            corpus = write_corpus(directory, documents, tokenizer.fingerprint, tokenizer.vocab_size)
-            run.note("result", f"{len(corpus)} documents, {corpus.tokens / 1e6:.2f}M tokens")
-    corpus = Corpus(directory, tokenizer.fingerprint)
-    if settings.held_out >= len(corpus):
-        raise BadInput(f"corpus.held_out {settings.held_out}: expected fewer than the corpus' {len(corpus)} documents")
-    return corpus
-
-
-def _documents(problems: Iterable[Problem], tokenizer: Tokenizer, source: str) -> Iterator[tuple[list[int], list[int]]]:
-    from thinkfast.data.chat import render_prompt
-
-    for problem in problems:
-        if problem.solution is None:
-            raise BadInput(f"{source}: problem {problem.id} has no solution to learn from")
-        yield render_prompt(tokenizer, problem.problem), [*tokenizer.encode(problem.solution), tokenizer.eos_id]
-
-
-def make_student(
-    student: Student, teacher_dir: Path, corpus: Corpus, held_out: int, directory: Path, stages: Stages
-) -> None:
-    """Converts, aligns and distils one student; its directory is a stock checkpoint from the conversion on.
-
-    Goes on from the last saved training state. Raises Failed when training diverges.
-    """
-    from thinkfast.distill.align import align
-    from thinkfast.distill.losses import Loss
-    from thinkfast.distill.trainer import Diverged, distill, evaluate_kl
-    from thinkfast.model.checkpoint import load_model, save_model
-    from thinkfast.student.convert import convert
-    from thinkfast.student.plan import LayerPlan, plan_document
-
-    inputs = {"teacher": records.hash_path(teacher_dir, records.MODEL_FILES), "corpus": corpus.identity}
-    settings = {**student.model_dump(mode="json"), "held_out": held_out}
-    with stages.open(f"student {student.name}", directory, settings=settings, inputs=inputs) as run:
-        if run.done:
-            return
-        teacher = load_model(teacher_dir)
-        plan = LayerPlan(student.attention, student.init)
-        training, unseen = corpus.slice(0, len(corpus) - held_out), corpus.slice(len(corpus) - held_out, len(corpus))
-        records.write_json(directory / "plan.json", plan_document(plan, teacher.config, calibrated=True))
-        model = convert(teacher, plan, calibration_ids(training), student.seed)
-        if not run.resuming:
-            save_model(model, directory, tokenizer_from=teacher_dir)
-        try:
-            if student.align.tokens:
-                with progress.bar(f"{student.name}: align", student.align.tokens) as update:
-                    errors = align(teacher, model, training, _training(student.align), directory, _shown(update))
-                run.note("align_error", {str(layer): round(error, 5) for layer, error in errors.items()})
-            if student.distill.tokens:
-                loss = Loss(student.distill.loss, temperature=student.distill.temperature)
-                with progress.bar(f"{student.name}: distill", student.distill.tokens) as update:
-                    distill(teacher, model, training, _training(student.distill), directory, loss, _shown(update))
-        except Diverged as error:
-            raise records.Failed(f"{directory}: {error}") from None
-        run.note("kl", evaluate_kl(teacher, model, unseen))
-        save_model(model, directory, tokenizer_from=teacher_dir)
-        run.note("train", _last_rows(directory / "metrics.jsonl"))
-        run.note("result", f"KL {run.notes['kl']:.4f} nats a token on text it was not trained on")
-    for state in directory.glob("*.state"):
-        state.unlink()
-
-
-def _training(settings: Training) -> TrainSettings:
-    from thinkfast.distill.trainer import TrainSettings
-
-    return TrainSettings(
-        tokens=settings.tokens,
-        lr=settings.lr,
-        batch_tokens=settings.batch_tokens,
-        warmup=settings.warmup,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        schedule=settings.schedule,
-        seed=settings.seed,
-    )
-
-
-def _shown(update: progress.Update) -> Progress:
-    def show(step: int, tokens: int, total: int, loss: float) -> None:
-        update(min(tokens, total), f"step {step}, loss {loss:.4f}")
-
-    return show
-
-
-def calibration_ids(corpus: Corpus) -> Tensor:
-    """Token ids (rows, length) of long documents, cut to the shortest of them so that nothing is padded."""
-    longest = corpus.lengths.argsort(kind="stable")[-CALIBRATION_ROWS:]
-    return corpus.collate(longest).input_ids[:, : int(corpus.lengths[longest].min())]
-
-
-def _last_rows(metrics: Path) -> dict[str, dict[str, float]]:
-    """Tokens and seconds at the end of every training stage."""
-    last: dict[str, dict[str, float]] = {}
-    if metrics.exists():
-        for line in metrics.read_text().splitlines():
-            row = json.loads(line)
-            last[row["stage"]] = {"tokens": row["tokens"], "seconds": row["seconds"]}
-    return last
 
 
 def _sample(recipe: Recipe, name: str, problems: list[Problem], out: Path, stages: Stages) -> None:
@@ -336,10 +99,49 @@ def sample_file(model: Path, problems: Path, settings: SampleSettings, out: Path
     """Samples a model on a problem file and tells how much came of it."""
     from thinkfast.scale.sample import sample_model
 
+    directory = teacher_directory(str(model))
     with progress.bar("sample", 1.0) as update:
-        drawn = sample_model(model, load_problems(problems), settings, out, update=update)
+        drawn = sample_model(directory, load_problems(problems), settings, out, update=update)
     print(f"{drawn.samples:,} samples in {drawn.seconds:.1f} s of clock, {drawn.tokens_per_second:,.0f} tokens/s")
     return {**asdict(drawn), "tokens_per_second": drawn.tokens_per_second}
+
+
+def bench_models(models: Sequence[Path], settings: Bench) -> dict[str, Any]:
+    """Decoded tokens per second of stock models, each called by its directory; every model of a run directory."""
+    from thinkfast.bench.decode import decode_speeds
+    from thinkfast.model.checkpoint import load_model
+
+    found: dict[str, Path] = {}
+    for path in models:
+        inside = sorted((path / "models").glob("*/config.json"))
+        for directory in [config.parent for config in inside] or [teacher_directory(str(path))]:
+            if directory.name in found:
+                raise BadInput(f"{directory}: two models are called {directory.name!r}")
+            found[directory.name] = directory
+    loaded = {name: load_model(directory) for name, directory in found.items()}
+    return dict(decode_speeds(loaded, settings.batches, settings.contexts))
+
+
+def bench_file(models: Sequence[Path], settings: Bench, out: Path | None) -> dict[str, Any]:
+    """`bench_models`, told as a table and stored in `out` where given."""
+    document = bench_models(models, settings)
+    for row in document["rows"]:
+        place = f"{row['model']:<12} batch {row['batch']:>4}  context {row['context']:>5}"
+        print(f"{place}  {row['tokens_per_second']:>9,.0f} tokens/s  {row['share']:>4.0%} of the machine's limit")
+    if out is not None:
+        records.write_json(out, document)
+    return document
+
+
+def _bench(recipe: Recipe, out: Path, stages: Stages) -> None:
+    if not recipe.bench.batches:
+        return
+    inputs = {name: records.hash_path(out / "models" / name, records.MODEL_FILES) for name in recipe.models}
+    with stages.open("bench", out / "bench", settings=recipe.bench.model_dump(mode="json"), inputs=inputs) as run:
+        if not run.done:
+            document = bench_models([out / "models" / name for name in recipe.models], recipe.bench)
+            records.write_json(out / "bench.json", document)
+            run.note("result", f"{len(document['rows'])} speeds")
 
 
 def _grade(recipe: Recipe, problems: list[Problem], out: Path, stages: Stages) -> None:
@@ -367,6 +169,8 @@ def _report(recipe: Recipe, out: Path, stages: Stages) -> None:
     from thinkfast.report.page import write_report
 
     inputs = {"curves": records.hash_path(out / "curves" / "curves.json")}
+    if (out / "bench.json").exists():
+        inputs["speeds"] = records.hash_path(out / "bench.json")
     with stages.open("report", out / "report", settings=recipe.report.model_dump(mode="json"), inputs=inputs) as run:
         if not run.done:
             page = write_report(out, out / "report", recipe.report.problems)

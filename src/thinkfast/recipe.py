@@ -111,6 +111,13 @@ class SampleSettings(Section):
     seed: Seed = 0
 
 
+class Bench(Section):
+    """Decoding speed at full slots, measured for the report; without batches it is left out."""
+
+    batches: tuple[Count, ...] = ()
+    contexts: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 128, 256, 512, 1000)
+
+
 class Grid(Section):
     """Seconds per problem, log-spaced, fixed before anything is sampled."""
 
@@ -164,6 +171,7 @@ class Recipe(Section):
     distill: Distill = Distill()
     student: Annotated[tuple[Student, ...], Field(min_length=1)]
     sample: SampleSettings = SampleSettings()
+    bench: Bench = Bench()
     compare: Compare = Compare()
     report: Report = Report()
 

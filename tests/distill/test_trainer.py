@@ -144,7 +144,7 @@ from thinkfast.distill.trainer import TrainSettings, distill
 
 torch.set_num_threads(1)
 teacher, student = torch.load(sys.argv[1], weights_only=False)
-settings = TrainSettings(tokens=6_000, lr=5e-3, batch_tokens=256, save_every=3)
+settings = TrainSettings(tokens=4_000, lr=5e-3, batch_tokens=256, save_every=3)
 distill(teacher, student, Corpus(sys.argv[2]), settings, Path(sys.argv[3]))
 """
 
@@ -170,7 +170,7 @@ def test_kill_9_and_resume_equals_the_uninterrupted_run(teacher, student, corpus
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=30) == -signal.SIGKILL
     logged = metrics.read_text().count("\n")
-    settings = TrainSettings(tokens=6_000, lr=5e-3, batch_tokens=256, save_every=3)
+    settings = TrainSettings(tokens=4_000, lr=5e-3, batch_tokens=256, save_every=3)
     distill(teacher, student, corpus, settings, tmp_path / "whole")
     distill(teacher, resumed, corpus, settings, tmp_path / "cut")
     assert 4 < logged < len(rows(tmp_path / "whole"))

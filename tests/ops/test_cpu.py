@@ -66,7 +66,17 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_the_sources_compile_without_warnings(tmp_path: Path) -> None:
     source = Path(sys.modules["thinkfast.ops.cpu.build"].__file__ or "").parent / "decode.cpp"
-    command = [find_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-fsyntax-only", str(source)]
+    command = [
+        find_compiler(),
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Werror",
+        "-fsyntax-only",
+        str(source),
+    ]
     subprocess.run(command, check=True)
 
 
@@ -131,10 +141,9 @@ def test_arrays_of_the_wrong_kind_are_refused() -> None:
 
 
 def test_memory_that_does_not_exist_is_refused() -> None:
-    tensors = {"embed_tokens.weight": torch.randn(10, 8), "norm.weight": torch.ones(8), "head": torch.randn(10, 8)}
-    model = NativeModel(Shape(10, 8, 8, 64, 64, 512, (), 1e-5), tensors, None)
-    with pytest.raises(MemoryError, match="of 16 tokens do not fit"):
-        NativePool(model, 2**31 - 1, 16, half=False, threads=2**20)
+    backend = open_backend(hybrid(1.0), "native")
+    with pytest.raises(MemoryError, match="2000000000 slots of 2000 tokens do not fit"):
+        NativePool(backend.model, 2_000_000_000, 2000, half=False, threads=1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

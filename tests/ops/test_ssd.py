@@ -150,3 +150,24 @@ def test_inputs_are_left_alone() -> None:
     y.add_(1)
     last.add_(1)
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
+
+
+def test_the_gradient_of_a_large_decay_rate_keeps_its_digits() -> None:
+    # What a position writes for itself does not decay, and is e^10 times what it leaves to the next.
+    tensors = inputs(2, 40, 4, 4)
+    tensors[1] = 0.01 + 0.001 * tensors[1]
+    tensors[2] = torch.full_like(tensors[2], -1000.0)
+    want = with_gradients(ssd_naive, tensors)["dA"]
+    got = with_gradients(ssd_chunked, [t.float() for t in tensors], chunk=16)["dA"]
+    assert float(((got - want) / want.abs().max()).abs().max()) < 2e-5
+
+
+def test_the_last_state_may_be_overwritten_before_the_backward() -> None:
+    def overwritten(*tensors: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        y, last = ssd_chunked(*tensors, chunk=chunk)
+        kept = last.clone()
+        last.detach().zero_()
+        return y, kept
+
+    tensors = inputs(2, 12, 4, 4)
+    assert_same(with_gradients(overwritten, tensors, chunk=4), with_gradients(ssd_naive, tensors), 1e-11)

@@ -60,7 +60,7 @@ class _Story:
 
     def note(self, who: str, amount: int) -> None:
         self.amounts[who] = amount
-        noted = ", ".join(f"{name} = {held}" for name, held in self.amounts.items())
+        noted = ", ".join(f"{name} {held}" for name, held in self.amounts.items())
         self.lines.append(f"Notes: {noted}.")
 
 
@@ -77,7 +77,7 @@ def _compare(story: _Story) -> None:
         word, line, amount = "fewer", longhand.subtract(have, by), have - by
     _fits(amount)
     story.facts.append(f"{who} has {by} {word} {story.item} than {base}.")
-    story.lines.append(f"{who} has {by} {word} than {base}. {base} = {have}. {line} So {who} = {amount}.")
+    story.lines.append(f"{who} has {by} {word} than {base}. {base} {have}. {line} So {who} {amount}.")
     story.note(who, amount)
 
 
@@ -88,7 +88,7 @@ def _times(story: _Story) -> None:
     amount = _fits(have * factor)
     story.facts.append(f"{who} has {factor} times as many {story.item} as {base}.")
     line = longhand.multiply(have, factor)
-    story.lines.append(f"{who} has {factor} times as many as {base}. {base} = {have}. {line} So {who} = {amount}.")
+    story.lines.append(f"{who} has {factor} times as many as {base}. {base} {have}. {line} So {who} {amount}.")
     story.note(who, amount)
 
 
@@ -103,7 +103,7 @@ def _part(story: _Story) -> None:
     amount = have // divisor
     story.facts.append(f"{who} has {PARTS[divisor]} as many {story.item} as {base}.")
     line = longhand.divide(have, divisor)
-    story.lines.append(f"{who} has {PARTS[divisor]} as many as {base}. {base} = {have}. {line} So {who} = {amount}.")
+    story.lines.append(f"{who} has {PARTS[divisor]} as many as {base}. {base} {have}. {line} So {who} {amount}.")
     story.note(who, amount)
 
 
@@ -116,8 +116,8 @@ def _together(story: _Story) -> None:
     amount = _fits(a + b)
     story.facts.append(f"{who} has as many {story.item} as {first} and {second} together.")
     story.lines.append(
-        f"{who} has as many as {first} and {second} together. {first} = {a}. {second} = {b}. "
-        f"{longhand.add(a, b)} So {who} = {amount}."
+        f"{who} has as many as {first} and {second} together. {first} {a}. {second} {b}. "
+        f"{longhand.add(a, b)} So {who} {amount}."
     )
     story.note(who, amount)
 
@@ -136,7 +136,7 @@ def _change(story: _Story) -> None:
     day = DAYS[story.changes]
     story.changes += 1
     story.facts.append(f"On {day} {who} {verb} {by} {story.item}.")
-    story.lines.append(f"On {day} {who} {verb} {by}. {who} = {have}. {line} So {who} = {amount}.")
+    story.lines.append(f"On {day} {who} {verb} {by}. {who} {have}. {line} So {who} {amount}.")
     story.note(who, amount)
 
 
@@ -153,16 +153,16 @@ def _question(story: _Story) -> tuple[str, str, int]:
     kind = story.rng.choice(("total", "difference", "cost"))
     if kind == "total":
         text = f"How many {story.item} do {first} and {second} have in total?"
-        return text, f"{first} = {a}. {second} = {b}. {longhand.add(a, b)} In total {_fits(a + b)}.", a + b
+        return text, f"{first} {a}. {second} {b}. {longhand.add(a, b)} In total {_fits(a + b)}.", a + b
     if kind == "difference":
         if a <= b:
             raise _Impossible
         text = f"How many more {story.item} does {first} have than {second}?"
-        return text, f"{first} = {a}. {second} = {b}. {longhand.subtract(a, b)} That is {a - b} more.", a - b
+        return text, f"{first} {a}. {second} {b}. {longhand.subtract(a, b)} That is {a - b} more.", a - b
     price = story.rng.randint(2, 9)
     text = f"Each of the {story.item} costs {price} dollars. How many dollars are those of {first} worth?"
     cost = _fits(a * price)
-    return text, f"{first} = {a}. Each costs {price}. {longhand.multiply(a, price)} That is {cost} dollars.", cost
+    return text, f"{first} {a}. Each costs {price}. {longhand.multiply(a, price)} That is {cost} dollars.", cost
 
 
 _INTRODUCE: tuple[Callable[[_Story], None], ...] = (_compare, _compare, _times, _part, _together)
@@ -174,7 +174,7 @@ def _draw(rng: random.Random, level: int) -> WordProblem:
     people = [NAMES[(place + step) % len(NAMES)] for step in range(level + 1)]
     start = rng.randint(5, 99)
     item = rng.choice(ITEMS)
-    story = _Story(rng, item, people, {}, [f"{people[0]} has {start} {item}."], [f"{people[0]} = {start}."])
+    story = _Story(rng, item, people, {}, [f"{people[0]} has {start} {item}."], [f"{people[0]} {start}."])
     story.note(people[0], start)
     changes = rng.randint(0, level // 2) if level > 1 else 0
     for _ in range(level - changes):

@@ -48,6 +48,7 @@ class Backend(Protocol):
     """Makes the memory that steps run in."""
 
     name: str
+    kv_dtype: str
 
     def memory(self, slots: int, capacity: int) -> Memory:
         """Memory that may be given back by dropping it."""
@@ -72,7 +73,7 @@ class NativeBackend:
     def __init__(self, model: Decoder, kv_dtype: str) -> None:
         config, mamba = model.config, model.config.mamba
         # Half the bytes a step, and wide enough for keys and values.
-        self.half = kv_dtype != "float32"
+        self.kv_dtype = "float32" if kv_dtype == "float32" else "bfloat16"
         shape = Shape(
             vocab=config.vocab_size,
             hidden=config.hidden_size,
@@ -91,7 +92,7 @@ class NativeBackend:
         self.model = NativeModel(shape, tensors, frequency)
 
     def memory(self, slots: int, capacity: int) -> NativeMemory:
-        return NativeMemory(self.model, slots, capacity, self.half, torch.get_num_threads())
+        return NativeMemory(self.model, slots, capacity, self.kv_dtype == "bfloat16", torch.get_num_threads())
 
     def fits(self, memory: Memory, capacity: int) -> bool:
         threads = memory.threads if isinstance(memory, NativeMemory) else 0
@@ -132,7 +133,8 @@ class TorchBackend:
     def __init__(self, model: Decoder, kv_dtype: str) -> None:
         self.model = model
         weight = model.embed_tokens.weight
-        self.dtype = weight.dtype if kv_dtype == "auto" else getattr(torch, kv_dtype)
+        self.dtype: torch.dtype = weight.dtype if kv_dtype == "auto" else getattr(torch, kv_dtype)
+        self.kv_dtype = str(self.dtype).removeprefix("torch.")
         self.device = weight.device
 
     def memory(self, slots: int, capacity: int) -> TorchMemory:

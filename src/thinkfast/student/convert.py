@@ -24,6 +24,9 @@ from thinkfast.student.plan import LayerPlan
 # silu(GATE_ONE) == 1: the value of z at which the gate lets everything pass.
 GATE_ONE = 1.2784645427610738
 RIDGE = 1e-3
+# silu(g v) = g v / 2 + (g v)^2 / 4 + ...: a small gain keeps it nearly linear, and the gated norm takes the factor out.
+# Against a gain of 1 it left a third less divergence after the same short training; below 0.1 nothing more was gained.
+CONV_GAIN = 0.1
 DT = 0.5
 HALF_LIVES = (8.0, 512.0)
 SMALL = 0.02
@@ -65,11 +68,8 @@ def attention_traces(teacher: Decoder, input_ids: Tensor) -> Iterator[tuple[Tens
     for block in blocks(teacher):
         u = block.input_layernorm(x)
         seen: list[Tensor] = []
-        hook = _output_projection(block).register_forward_pre_hook(partial(_keep_input, seen))
-        try:
+        with _output_projection(block).register_forward_pre_hook(partial(_keep_input, seen)):
             x = x + block.mix(u)
-        finally:
-            hook.remove()
         x = x + block.mlp(block.post_attention_layernorm(x))
         yield u, seen[0]
 
@@ -92,11 +92,13 @@ def initialise_mixer(
 ) -> None:
     """Starts `mixer` near `attention`, whose inputs are scaled by `norm_weight` (D,); `trace` as in `attention_traces`.
 
-    * x, B, C take the rows of V, K, Q, those of a key/value head repeated for every query head that reads it.
-    * The convolution passes its input unchanged: last tap 1, bias 0.
+    * x, B, C take the rows of V, K, Q, those of a key/value head repeated for every query head that reads it; C is
+      scaled by head_dim ** -0.5 as attention scores are.
+    * The convolution only scales: last tap 0.1, bias 0. The SiLU behind it is then nearly linear.
     * dt is 0.5 everywhere and D is 0; the half-lives of the heads are spaced geometrically from 8 to 512 tokens.
     * z is the ridge least squares answer to silu(z) = 1 on the traced inputs, a gate that is open without a bias.
-    * The gated norm's weight gives every head the traced root mean square of its attention output.
+    * The gated norm's weight is, channel by channel, the least squares factor from the new mixer's normed output to the
+      traced attention output. Without a trace it is the root mean square of each head's values.
     """
     shape = mixer.shape
     queries_per_key = attention.num_heads // attention.num_kv_heads
@@ -112,7 +114,7 @@ def initialise_mixer(
     C.copy_(attention.q_proj.weight * shape.head_dim**-0.5)
     dt.zero_()
     mixer.conv1d.weight.zero_()
-    mixer.conv1d.weight[:, 0, -1] = 1
+    mixer.conv1d.weight[:, 0, -1] = CONV_GAIN
     if mixer.conv1d.bias is not None:
         mixer.conv1d.bias.zero_()
     mixer.D.zero_()
@@ -123,12 +125,17 @@ def initialise_mixer(
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
     if trace is None:
         z.normal_(std=SMALL)
-        power = (x * norm_weight).pow(2).sum(1)
+        rms = (x * norm_weight).pow(2).sum(1).view(heads, shape.head_dim).mean(1).sqrt()
+        mixer.norm.weight.copy_(rms.repeat_interleave(shape.head_dim))
     else:
-        z.copy_(open_gate(trace[0]).expand_as(z))
-        power = trace[1].float().flatten(0, -2).pow(2).mean(0)
-    rms = power.view(heads, shape.head_dim).mean(1).sqrt()
-    mixer.norm.weight.copy_(rms.repeat_interleave(shape.head_dim))
+        u, wanted = trace
+        z.copy_(open_gate(u).expand_as(z))
+        mixer.norm.weight.fill_(1)
+        seen: list[Tensor] = []
+        with mixer.out_proj.register_forward_pre_hook(partial(_keep_input, seen)):
+            mixer(u)
+        made = seen[0].float()
+        mixer.norm.weight.copy_((made * wanted).sum((0, 1)) / made.pow(2).sum((0, 1)))
 
 
 def open_gate(u: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def _mixer_origins(init: str, calibrated: bool) -> dict[str, tuple[str, str]]:
         "in_proj.weight[x]": (COPIED, "v_proj"),
         "in_proj.weight[B]": (COPIED, "k_proj"),
         "in_proj.weight[C]": (INITIALISED, "q_proj"),
-        "norm.weight": (INITIALISED, "attention output" if calibrated else "v_proj"),
+        "norm.weight": (INITIALISED, "attention output, least squares" if calibrated else "v_proj"),
         "out_proj.weight": (COPIED, "o_proj"),
     }
 

@@ -175,6 +175,7 @@ void* tf_model_new(const int64_t* shape, double eps, const int32_t* kinds, const
             m->layers.back().index = kinds[i] == 1 ? m->attention_layers++ : m->mamba_layers++;
             next += kinds[i] == 1 ? 9 : 13;
         }
+        m->settle();
         return m.release();
     } catch (const std::exception&) {
         return nullptr;

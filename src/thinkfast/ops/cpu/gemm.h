@@ -13,10 +13,20 @@ constexpr int kRows = 6;
 
 struct Packed {
     int k = 0, n = 0;  // n is padded to whole panels
-    std::vector<float> data;
+    const float* data = nullptr;
+    std::vector<float> own;  // until `settle` has moved them
 
-    const float* panel(int p) const { return data.data() + (size_t)p * k * kPanel; }
+    const float* panel(int p) const { return data + (size_t)p * k * kPanel; }
     int panels() const { return n / kPanel; }
+    size_t size() const { return (size_t)k * n; }
+
+    // Moves the numbers to `to`; returns what lies behind them.
+    float* settle(float* to) {
+        std::memcpy(to, own.data(), sizeof(float) * size());
+        data = to;
+        std::vector<float>().swap(own);
+        return to + size();
+    }
 };
 
 // Stacks row-major (rows_i, k) matrices, the layout of nn.Linear.weight, below each other and packs the transpose.
@@ -26,11 +36,11 @@ static inline Packed pack(const std::vector<const float*>& parts, const std::vec
     Packed packed;
     packed.k = k;
     packed.n = round_up(total, kPanel);
-    packed.data.assign((size_t)packed.n * k, 0.0f);
+    packed.own.assign(packed.size(), 0.0f);
     int column = 0;
     for (size_t part = 0; part < parts.size(); part++) {
         for (int r = 0; r < rows[part]; r++, column++) {
-            float* to = packed.data.data() + (size_t)(column / kPanel) * k * kPanel + column % kPanel;
+            float* to = packed.own.data() + (size_t)(column / kPanel) * k * kPanel + column % kPanel;
             const float* from = parts[part] + (size_t)r * k;
             for (int i = 0; i < k; i++) to[(size_t)i * kPanel] = from[i];
         }
@@ -43,6 +53,7 @@ TF_INLINE void multiply(const float* x, int ldx, const float* w, int k, v8 (&acc
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = splat(0.0f);
     for (int i = 0; i < k; i++) {
+        __builtin_prefetch(w + (size_t)(i + k) * kPanel);  // the next panel
         v8 b0 = load(w + (size_t)i * kPanel), b1 = load(w + (size_t)i * kPanel + 8);
 #pragma GCC unroll 8
         for (int r = 0; r < M; r++) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -11,6 +12,29 @@
 #include "mamba.h"
 
 namespace tf {
+
+// Zeroed pages that take memory only once touched.
+class Pages {
+   public:
+    explicit Pages(size_t bytes) : bytes_(bytes) {
+        if (!bytes) return;
+        data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (data_ == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+    }
+    Pages(const Pages&) = delete;
+    Pages& operator=(const Pages&) = delete;
+    ~Pages() {
+        if (bytes_) munmap(data_, bytes_);
+    }
+    char* data() const { return static_cast<char*>(data_); }
+
+   private:
+    size_t bytes_;
+    void* data_ = nullptr;
+};
 
 struct Layer {
     bool attention = true;
@@ -29,6 +53,23 @@ struct Model {
     std::vector<Layer> layers;
     std::vector<float> embed, norm;
     Packed head;
+    std::unique_ptr<Pages> pages;
+
+    // Puts the packed weights in the order of their use behind each other: aligned, on few pages, easy to fetch ahead.
+    void settle() {
+        std::vector<Packed*> order;
+        for (Layer& l : layers) {
+            if (l.attention) order.insert(order.end(), {&l.qkv, &l.o});
+            else order.insert(order.end(), {&l.mamba.in_proj, &l.mamba.out_proj});
+            order.insert(order.end(), {&l.gate, &l.up, &l.down});
+        }
+        order.push_back(&head);
+        size_t total = 0;
+        for (Packed* p : order) total += p->size();
+        pages = std::make_unique<Pages>(sizeof(float) * total);
+        float* next = reinterpret_cast<float*>(pages->data());
+        for (Packed* p : order) next = p->settle(next);
+    }
 
     int hidden_padded() const { return round_up(hidden, kPanel); }
     // Widest output of a product besides the logits, and widest input of a product that leads back to `hidden`.
@@ -87,29 +128,6 @@ static inline Layer read_layer(const Model& m, bool attention, const float* cons
     layer.down = pack({*w++}, {m.hidden}, m.inter);
     return layer;
 }
-
-// Zeroed pages that take memory only once touched.
-class Pages {
-   public:
-    explicit Pages(size_t bytes) : bytes_(bytes) {
-        if (!bytes) return;
-        data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (data_ == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-        madvise(data_, bytes, MADV_HUGEPAGE);
-#endif
-    }
-    Pages(const Pages&) = delete;
-    Pages& operator=(const Pages&) = delete;
-    ~Pages() {
-        if (bytes_) munmap(data_, bytes_);
-    }
-    char* data() const { return static_cast<char*>(data_); }
-
-   private:
-    size_t bytes_;
-    void* data_ = nullptr;
-};
 
 // Keys and values lie as [slot][attention layer][kv head][keys | values], Mamba memory as [mamba layer][slot].
 class Memory {

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -13,8 +14,12 @@ namespace tf {
 
 class Workers {
    public:
+    // Makes do with fewer threads where the system refuses more.
     explicit Workers(int threads) : owner_(getpid()) {
-        for (int i = 1; i < threads; i++) threads_.emplace_back([this, i] { work(i); });
+        try {
+            for (int i = 1; i < threads; i++) threads_.emplace_back([this, i] { work(i); });
+        } catch (const std::system_error&) {
+        }
     }
 
     ~Workers() {

@@ -1,0 +1,1 @@
+"""Measured speed beside what the machine could do at best."""
