@@ -1,18 +1,17 @@
 """Trains the bundled teacher from scratch: a small Llama that solves the generated word problems step by step.
 
-    python scripts/train_teacher.py OUT --tokens 30_000_000
+    python scripts/train_teacher.py OUT
 
-Writes OUT/{model.safetensors, config.json, tokenizer.json, ...} (a stock Llama directory) and OUT/training.jsonl (one row
-every 50 steps: tokens, loss, seconds, and held-out greedy accuracy at the end). Interrupted, it goes on from
-OUT/state.pt, which is written every 200 steps. Cross-entropy on the solution's tokens only; Muon on the matrices inside
-the blocks (arXiv 2502.16982), AdamW on embedding and norms; constant rate, then linear decay to zero.
+Writes OUT/model (a stock Llama directory with its tokenizer) and OUT/training.jsonl (a row every 50 steps: tokens seen,
+mean loss, seconds). Interrupted, it goes on from OUT/state.pt, which is written every 200 steps. Cross-entropy on the
+solution's tokens only; Muon on the matrices inside the blocks (arXiv 2502.16982), AdamW on embedding and norms; constant
+rate, then linear decay to zero.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thinkfast.data import chat, tokenizer, wordproblems
-
+from thinkfast.model.checkpoint import save_model
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
 
@@ -136,15 +135,14 @@ def orthogonal(update: Tensor) -> Tensor:
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("out", type=Path)
-    options.add_argument("--tokens", type=int, default=18_000_000)
-    options.add_argument("--batch", type=int, default=6144)
-    options.add_argument("--muon-lr", type=float, default=0.02)
-    options.add_argument("--adam-lr", type=float, default=0.005)
+    options.add_argument("--tokens", type=int, default=13_000_000)
+    options.add_argument("--batch", type=int, default=3072)
+    options.add_argument("--muon-lr", type=float, default=0.006)
+    options.add_argument("--adam-lr", type=float, default=0.003)
     options.add_argument("--decay", type=float, default=0.4)
     options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--levels", type=int, nargs="+", default=list(range(1, 9)))
-    options.add_argument("--easy", type=float, default=0.25)
-    options.add_argument("--stop", type=int, default=None, help="stop after this many tokens of the schedule")
+    options.add_argument("--levels", type=int, nargs="+", default=list(range(1, 11)))
+    options.add_argument("--easy", type=float, default=0.35)
     chosen = options.parse_args()
 
     torch.manual_seed(chosen.seed)
@@ -167,9 +165,12 @@ def main() -> None:
         step, seen, spent = saved["step"], saved["seen"], saved["spent"]
         for _ in range(step):
             next(source)
-    log = (chosen.out / "training.jsonl").open("a")
+    log_path = chosen.out / "training.jsonl"
+    kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
+    log_path.write_text("".join(f"{line}\n" for line in kept))
+    log = log_path.open("a")
     started = time.monotonic()
-    while seen < min(chosen.tokens, chosen.stop or chosen.tokens):
+    while seen < chosen.tokens:
         ids, mask = next(source)
         factor = rate(seen / chosen.tokens, chosen.decay) * min(1.0, (step + 1) / 100)
         for group in adam.param_groups:
@@ -193,9 +194,7 @@ def main() -> None:
             state = {"model": model.state_dict(), "muon": muon.momenta, "adam": adam.state_dict()}
             state |= {"step": step, "seen": seen, "spent": spent + time.monotonic() - started}
             torch.save(state, state_path.with_suffix(".tmp"))
-            os.replace(state_path.with_suffix(".tmp"), state_path)
-    from thinkfast.model.checkpoint import save_model
-
+            state_path.with_suffix(".tmp").replace(state_path)
     save_model(model, chosen.out / "model", tokenizer_from=chosen.out)
 
 

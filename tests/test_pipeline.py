@@ -1,7 +1,7 @@
 import json
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,22 @@ def test_other_settings_are_refused_by_the_stage_they_touch(finished: Finished, 
 
 
 KILLED = """
-import sys, torch
+import os, signal, sys, torch
+from contextlib import contextmanager
 from pathlib import Path
+from thinkfast import progress
 from thinkfast.pipeline import run_recipe
 from thinkfast.recipe import load_recipe
+
+@contextmanager
+def deadly_bar(title, total):
+    def update(done, text=""):
+        if title == "pure: distill" and done > 1500:
+            os.kill(os.getpid(), signal.SIGKILL)
+    yield update
+
 torch.set_num_threads(1)
+progress.bar = deadly_bar
 run_recipe(load_recipe(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -137,11 +148,9 @@ def test_a_run_killed_in_training_ends_as_the_whole_one(finished: Finished, tiny
     out, _, _ = finished
     file, again = tmp_path / "r.toml", tmp_path / "again"
     file.write_text(dump_recipe(recipe(tiny_teacher)))
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(file), str(again)], stdout=subprocess.DEVNULL) as process:
-        while not (again / "models" / "pure" / "align.state").exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.002)
-        process.kill()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(file), str(again)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (again / "models" / "pure" / "align.state").exists()
     record = records.read_record(again / "models" / "pure")
     assert record is not None
     assert record["status"] == "running"

@@ -28,12 +28,14 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
     `say` gets one line a stage. Raises BadInput when `out` holds results of other settings, naming the first one;
     Failed when a stage cannot go on.
     """
+    source = teacher_directory(recipe.teacher.path)
+    _require_files(recipe.problems.path, recipe.corpus.path)
     with records.locked(out):
         if not (out / "recipe.toml").exists():
             records.write_text(out / "recipe.toml", dump_recipe(recipe))
         stages = Stages(say)
         problems = make_problems(recipe.problems, out / "problems", stages)
-        teacher = copy_teacher(teacher_directory(recipe.teacher.path), out / "models" / TEACHER, stages)
+        teacher = copy_teacher(source, out / "models" / TEACHER, stages)
         check_fit(recipe, teacher, problems)
         corpus = make_corpus(recipe.corpus, teacher, out / "corpus", stages)
         for student in recipe.student:
@@ -49,6 +51,13 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
         records.write_json(out / "summary.json", summary)
         records.write_text(out / "recipe.toml", dump_recipe(recipe))
     return summary
+
+
+def _require_files(*paths: str | None) -> None:
+    """Refuses missing files before anything is written."""
+    for path in paths:
+        if path is not None and not Path(path).is_file():
+            raise BadInput(f"{path}: no such file")
 
 
 def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
@@ -76,6 +85,7 @@ def distill_model(teacher: Path, text: Text, student: Student, out: Path, say: S
     Returns what the student's run.json notes: the KL divergence, alignment errors, tokens and seconds.
     """
     stages, teacher_dir = Stages(say), teacher_directory(str(teacher))
+    _require_files(text.path)
     with records.locked(out):
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
         make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages)

@@ -41,7 +41,10 @@ def test_rows_without_id_are_numbered_and_numbers_become_text(tmp_path: Path) ->
         ('{"problem": "x"}', "row 1: answer: expected text, got None"),
         ('{"problem": " ", "answer": "2"}', "row 1: problem: expected text"),
         ('{"problem": "x", "answer": true}', "row 1: answer: expected text, got True"),
-        ('{"id": 1, "problem": "x", "answer": "2"}\n{"id": "1", "problem": "y", "answer": "2"}', "row 2: id '1' occurs"),
+        (
+            '{"id": 1, "problem": "x", "answer": "2"}\n{"id": "1", "problem": "y", "answer": "2"}',
+            "row 2: id '1' occurs",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, content: str, message: str) -> None:

@@ -29,14 +29,11 @@ def solve(problem: str) -> int:
     held: dict[str, int] = {}
     price = 0
     for sentence in re.split(r"[.?]\s*", problem):
-        for pattern, kind in SENTENCES:
-            match = re.fullmatch(pattern, sentence)
-            if match:
-                break
-        else:
+        found = [(kind, match) for pattern, kind in SENTENCES if (match := re.fullmatch(pattern, sentence))]
+        if not found:
             assert not sentence, sentence
             continue
-        parts = match.groups()
+        kind, parts = found[0][0], found[0][1].groups()
         if kind == "start":
             held[parts[0]] = int(parts[1])
         elif kind == "compare":

@@ -1,8 +1,8 @@
 import json
+import shutil
+import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,15 +86,21 @@ def test_an_interrupt_keeps_what_was_finished_and_the_clock_goes_on(
 
 
 PROGRAM = """
-import sys, torch
+import os, signal, sys, torch
 from pathlib import Path
 from thinkfast.data.problems import load_problems
 from thinkfast.recipe import SampleSettings
 from thinkfast.scale import sample
+
+def deadly(share, text):
+    if list(Path(out).glob("part-*.parquet")):
+        os.kill(os.getpid(), signal.SIGKILL)
+
 torch.set_num_threads(1)
 sample.FLUSH_SECONDS = 0.05
 model, problems, out, settings = sys.argv[1:]
-sample.sample_model(Path(model), load_problems(problems), SampleSettings.model_validate_json(settings), Path(out))
+settings = SampleSettings.model_validate_json(settings)
+sample.sample_model(Path(model), load_problems(problems), settings, Path(out), update=deadly)
 """
 
 
@@ -105,11 +111,7 @@ def test_killed_it_goes_on_and_the_lost_time_counts(
     file.write_text(dump_problems(problems))
     settings = SETTINGS.model_copy(update={"n": 2000, "seconds": 1.0})
     command = [sys.executable, "-c", PROGRAM, str(tiny_teacher), str(file), str(out), settings.model_dump_json()]
-    with subprocess.Popen(command) as process:
-        while not list(out.glob("part-*.parquet")):
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.005)
-        process.kill()
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     kept = records.read_samples(out)
     spent = max([0.0, *(row.t_end for row in kept)])
     drawn = sample_model(tiny_teacher, problems, settings, out)
@@ -143,7 +145,13 @@ def test_the_fastest_slots_are_chosen_once(tiny_teacher: Path, problems: list[Pr
     assert all(rate > 0 for rate in rates.values())
 
 
-def test_a_model_without_a_tokenizer_is_named(problems: list[Problem], tmp_path: Path) -> None:
+def test_an_unusable_model_is_named_and_nothing_written(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match=r"empty"):
-        sample_model(tmp_path / "empty", [replace(problems[0], id="x")], SETTINGS, tmp_path / "out")
+    with pytest.raises(BadInput, match=r"empty/config\.json"):
+        sample_model(tmp_path / "empty", problems, SETTINGS, tmp_path / "out")
+    shutil.copytree(tiny_teacher, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(BadInput, match=r"mute/tokenizer\.json"):
+        sample_model(tmp_path / "mute", problems, SETTINGS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

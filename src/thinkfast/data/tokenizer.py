@@ -16,7 +16,7 @@ from thinkfast.errors import BadInput
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 PIECE = r" ?[0-9]| ?[A-Za-z]+|\n| ?#+| ?[^\sA-Za-z0-9#]|\s"
-"""A digit, a word, a line end, a run of # or one sign, each with the space before it: joined again they are the text."""
+"""A digit, word, line end, run of # or sign, each with the space before it: joined again they are the text."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}\n"
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"

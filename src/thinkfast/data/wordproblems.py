@@ -1,8 +1,9 @@
 """A seeded generator of school word problems with worked chains of thought.
 
-A problem tells how many things some people have, each amount given through earlier ones, then what they find and lose on
-the following days, and asks for one number. People come in the order of their names, so that the next one is never in doubt. Its level is the number of calculations that the facts need before the question is asked. The
-solution walks through the facts in order, calculates digit by digit and keeps notes of every amount known so far.
+A problem tells how many things some people have, each amount given through earlier ones, then what they find and lose
+on the following days, and asks for one number. People come in a fixed order of names, so that the next one is never in
+doubt. A problem's level is the number of calculations that its facts need before the question is asked. The solution
+walks through the facts in order, calculates digit by digit and keeps notes of every amount known so far.
 """
 
 from __future__ import annotations
@@ -17,7 +18,24 @@ from thinkfast.errors import BadInput
 
 LEVELS = range(1, 11)
 LARGEST = 999
-NAMES = ("Ava", "Ben", "Cora", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivy", "Jon", "Kim", "Leo", "Mia", "Noa", "Oli", "Pia")
+NAMES = (
+    "Ava",
+    "Ben",
+    "Cora",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ivy",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Noa",
+    "Oli",
+    "Pia",
+)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "nuts", "pears", "pens", "plums", "shells", "stamps")
 PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
@@ -194,7 +212,7 @@ def is_held_out(problem_id: str) -> bool:
 
 
 def stream(seed: int, split: str, levels: Sequence[int]) -> Iterator[WordProblem]:
-    """Endless problems of one split ("train" or "held-out"), levels drawn uniformly from `levels`; may repeat a problem."""
+    """Endless problems of one split ("train" or "held-out"), levels drawn uniformly; a problem may come again."""
     if split not in ("train", "held-out"):
         raise BadInput(f"split {split!r}: expected 'train' or 'held-out'")
     wrong = [level for level in levels if level not in LEVELS]

@@ -57,6 +57,10 @@ def sample_model(
     everything finished so far is kept and the next call goes on. `update` gets the share that is done, 0 to 1.
     Raises BadInput for an unusable model, and when `out_dir` holds samples of other settings.
     """
+    from thinkfast.model.checkpoint import read_config
+
+    read_config(model_dir)
+    load_tokenizer(model_dir)
     inputs = {"model": records.hash_path(model_dir, records.MODEL_FILES), "problems": problems_hash(problems)}
     described = settings.model_dump(mode="json")
     with records.locked(out_dir), records.stage(out_dir, name="sample", settings=described, inputs=inputs) as run:
