@@ -4,8 +4,8 @@
 
 Writes OUT/model (a stock Llama directory with its tokenizer) and OUT/training.jsonl (a row every 50 steps: tokens seen,
 mean loss, seconds). Interrupted, it goes on from OUT/state.pt, which is written every 200 steps. Cross-entropy on the
-solution's tokens only; Muon on the matrices inside the blocks (arXiv 2502.16982), AdamW on embedding and norms; constant
-rate, then linear decay to zero.
+solution's tokens only; Muon on the matrices inside the blocks (arXiv 2502.16982), AdamW on embedding and norms; a
+constant rate, then linear decay to zero.
 """
 
 from __future__ import annotations
