@@ -181,6 +181,14 @@ def test_time_runs_and_stops(visit: Open) -> None:
     assert page.input_value("#budget") == stopped
 
 
+def test_the_page_ends_with_its_footer(visit: Open) -> None:
+    page = visit(viewport={"width": 1000, "height": 800})
+    # Long enough that the list of problems scrolls: what it hides must not lengthen the page.
+    page.evaluate("document.querySelector('#list').style.maxHeight = '4rem'")
+    below = "document.documentElement.scrollHeight - document.querySelector('footer').getBoundingClientRect().bottom"
+    assert page.evaluate(below) < 100
+
+
 @pytest.mark.parametrize("width", [320, 380, 700, 1000])
 def test_no_width_scrolls_sideways(visit: Open, width: int) -> None:
     page = visit(viewport={"width": width, "height": 800})
