@@ -33,7 +33,7 @@ def teacher_config(words: tokenizer.Tokenizer) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=words.vocab_size,
         hidden_size=128,
-        intermediate_size=352,
+        intermediate_size=256,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
@@ -141,7 +141,7 @@ def main() -> None:
     options.add_argument("--adam-lr", type=float, default=0.003)
     options.add_argument("--decay", type=float, default=0.4)
     options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--levels", type=int, nargs="+", default=list(range(1, 11)))
+    options.add_argument("--levels", type=int, nargs="+", default=list(range(1, 14)))
     options.add_argument("--easy", type=float, default=0.35)
     chosen = options.parse_args()
 

@@ -10,11 +10,12 @@ from thinkfast.data import wordproblems
 from thinkfast.errors import BadInput
 
 SENTENCES: list[tuple[str, str]] = [
-    (r"(\w+) has (\d+) (more|fewer) \w+ than (\w+)", "compare"),
-    (r"(\w+) has (\d+) times as many \w+ as (\w+)", "times"),
-    (r"(\w+) has (half|a third|a quarter|a fifth) as many \w+ as (\w+)", "part"),
-    (r"(\w+) has as many \w+ as (\w+) and (\w+) together", "together"),
-    (r"On \w+day (\w+) (finds|loses) (\d+) \w+", "change"),
+    (r"(\w+) has (\d+) (more|fewer) than (\w+)", "compare"),
+    (r"(\w+) has (\d+) times as many as (\w+)", "times"),
+    (r"(\w+) has (half|a third|a quarter|a fifth) as many as (\w+)", "part"),
+    (r"(\w+) has as many as (\w+) and (\w+) together", "together"),
+    (r"Every (\w+) (\w+) (finds|gets|sells|loses) (\d+)", "every day"),
+    (r"This goes on for (\d+) days", "days"),
     (r"(\w+) has (\d+) \w+", "start"),
     (r"How many \w+ do (\w+) and (\w+) have in total", "total"),
     (r"How many more \w+ does (\w+) have than (\w+)", "difference"),
@@ -27,6 +28,7 @@ DIVISORS = {"half": 2, "a third": 3, "a quarter": 4, "a fifth": 5}
 def solve(problem: str) -> int:
     """An independent reader of the problem's sentences: what the question asks for."""
     held: dict[str, int] = {}
+    rules: list[tuple[str, int]] = []
     price = 0
     for sentence in re.split(r"[.?]\s*", problem):
         found = [(kind, match) for pattern, kind in SENTENCES if (match := re.fullmatch(pattern, sentence))]
@@ -45,8 +47,11 @@ def solve(problem: str) -> int:
             held[parts[0]] = held[parts[2]] // DIVISORS[parts[1]]
         elif kind == "together":
             held[parts[0]] = held[parts[1]] + held[parts[2]]
-        elif kind == "change":
-            held[parts[0]] += int(parts[2]) * (1 if parts[1] == "finds" else -1)
+        elif kind == "every day":
+            rules.append((parts[1], int(parts[3]) * (1 if parts[2] in ("finds", "gets") else -1)))
+        elif kind == "days":
+            for who, by in rules:
+                held[who] += by * int(parts[0])
         elif kind == "price":
             price = int(parts[0])
         elif kind == "total":
@@ -101,7 +106,7 @@ def test_problems_of_a_set_are_different() -> None:
         (0, "train", [1], "count 0"),
         (1, "test", [1], "split 'test'"),
         (1, "train", [], r"levels \[\]"),
-        (1, "train", [3, 11], r"levels \[3, 11\]"),
+        (1, "train", [3, 17], r"levels \[3, 17\]"),
     ],
 )
 def test_bad_requests_name_the_value(count: int, split: str, levels: list[int], message: str) -> None:

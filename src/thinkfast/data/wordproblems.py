@@ -1,9 +1,10 @@
 """A seeded generator of school word problems with worked chains of thought.
 
-A problem tells how many things some people have, each amount given through earlier ones, then what they find and lose
-on the following days, and asks for one number. People come in a fixed order of names, so that the next one is never in
-doubt. A problem's level is the number of calculations that its facts need before the question is asked. The solution
-walks through the facts in order, calculates digit by digit and keeps notes of every amount known so far.
+A problem tells how many things two or three people have, each amount given through earlier ones, then what they find and
+lose every day for some days, and asks for one number. People come in a fixed order of names and a day's hours in theirs,
+so that what comes next is never in doubt. A problem's level is the number of calculations before the question is
+asked. The solution walks through the facts and the days in order, calculates digit by digit and keeps notes of every
+amount known so far: few facts to remember, and a chain of thought as long as the days are many.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from thinkfast.data import longhand
 from thinkfast.errors import BadInput
 
-LEVELS = range(1, 11)
+LEVELS = range(1, 17)
 LARGEST = 999
 NAMES = (
     "Ava",
@@ -31,12 +32,10 @@ NAMES = (
     "Jon",
     "Kim",
     "Leo",
-    "Mia",
-    "Noa",
-    "Oli",
-    "Pia",
 )
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+HOURS = (("morning", "finds", 1), ("noon", "sells", -1), ("evening", "gets", 1), ("night", "loses", -1))
+"""When something happens every day, its verb, and whether it adds or takes away."""
+MOST_DAYS = 9
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "nuts", "pears", "pens", "plums", "shells", "stamps")
 PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 HELD_OUT_SHARE = 10
@@ -68,7 +67,6 @@ class _Story:
     amounts: dict[str, int]
     facts: list[str]
     lines: list[str]
-    changes: int = 0
 
     def pick(self) -> str:
         return self.rng.choice(list(self.amounts))
@@ -94,7 +92,7 @@ def _compare(story: _Story) -> None:
             raise _Impossible
         word, line, amount = "fewer", longhand.subtract(have, by), have - by
     _fits(amount)
-    story.facts.append(f"{who} has {by} {word} {story.item} than {base}.")
+    story.facts.append(f"{who} has {by} {word} than {base}.")
     story.lines.append(f"{who} has {by} {word} than {base}. {base} {have}. {line} So {who} {amount}.")
     story.note(who, amount)
 
@@ -104,7 +102,7 @@ def _times(story: _Story) -> None:
     base, who = story.pick(), story.next_person()
     have, factor = story.amounts[base], story.rng.randint(2, 6)
     amount = _fits(have * factor)
-    story.facts.append(f"{who} has {factor} times as many {story.item} as {base}.")
+    story.facts.append(f"{who} has {factor} times as many as {base}.")
     line = longhand.multiply(have, factor)
     story.lines.append(f"{who} has {factor} times as many as {base}. {base} {have}. {line} So {who} {amount}.")
     story.note(who, amount)
@@ -119,7 +117,7 @@ def _part(story: _Story) -> None:
     base, who = story.rng.choice(fitting), story.next_person()
     have = story.amounts[base]
     amount = have // divisor
-    story.facts.append(f"{who} has {PARTS[divisor]} as many {story.item} as {base}.")
+    story.facts.append(f"{who} has {PARTS[divisor]} as many as {base}.")
     line = longhand.divide(have, divisor)
     story.lines.append(f"{who} has {PARTS[divisor]} as many as {base}. {base} {have}. {line} So {who} {amount}.")
     story.note(who, amount)
@@ -132,7 +130,7 @@ def _together(story: _Story) -> None:
     first, second = story.rng.sample(list(story.amounts), 2)
     who, a, b = story.next_person(), story.amounts[first], story.amounts[second]
     amount = _fits(a + b)
-    story.facts.append(f"{who} has as many {story.item} as {first} and {second} together.")
+    story.facts.append(f"{who} has as many as {first} and {second} together.")
     story.lines.append(
         f"{who} has as many as {first} and {second} together. {first} {a}. {second} {b}. "
         f"{longhand.add(a, b)} So {who} {amount}."
@@ -140,22 +138,29 @@ def _together(story: _Story) -> None:
     story.note(who, amount)
 
 
-def _change(story: _Story) -> None:
-    """On Monday Ava finds or loses some."""
-    who = story.pick()
-    have, by = story.amounts[who], story.rng.randint(3, 99)
-    if story.rng.random() < 0.5:
-        verb, line, amount = "finds", longhand.add(have, by), have + by
-    else:
-        if by > have - 2:
+def _days(story: _Story, hours: int, days: int) -> None:
+    """Every morning Ava finds 14, every night Ben loses 5, for six days."""
+    if not days:
+        return
+    rules = []
+    for name, verb, sign in sorted(story.rng.sample(HOURS, hours), key=HOURS.index):
+        who = story.pick()
+        most = 99 if sign > 0 else min(99, (story.amounts[who] - 2) // days)
+        if most < 3:
             raise _Impossible
-        verb, line, amount = "loses", longhand.subtract(have, by), have - by
-    _fits(amount)
-    day = DAYS[story.changes]
-    story.changes += 1
-    story.facts.append(f"On {day} {who} {verb} {by} {story.item}.")
-    story.lines.append(f"On {day} {who} {verb} {by}. {who} {have}. {line} So {who} {amount}.")
-    story.note(who, amount)
+        rules.append((name, who, verb, sign, story.rng.randint(3, most)))
+        story.facts.append(f"Every {name} {who} {verb} {rules[-1][-1]}.")
+    story.facts.append(f"This goes on for {days} days.")
+    for day in range(1, days + 1):
+        story.lines.append(f"Day {day} of {days}.")
+        for name, who, verb, sign, by in rules:
+            have = story.amounts[who]
+            if have + sign * by < 2:
+                raise _Impossible
+            line = longhand.add(have, by) if sign > 0 else longhand.subtract(have, by)
+            amount = _fits(have + sign * by)
+            story.lines.append(f"In the {name} {who} {verb} {by}. {who} {have}. {line} So {who} {amount}.")
+            story.note(who, amount)
 
 
 def _fits(amount: int) -> int:
@@ -186,19 +191,29 @@ def _question(story: _Story) -> tuple[str, str, int]:
 _INTRODUCE: tuple[Callable[[_Story], None], ...] = (_compare, _compare, _times, _part, _together)
 
 
+def _shapes(level: int) -> list[tuple[int, int, int]]:
+    """Every (people, hours, days) that make `level` calculations."""
+    plain = [(level + 1, 0, 0)] if level <= 2 else []
+    return plain + [
+        (people, hours, (level + 1 - people) // hours)
+        for people in (2, 3)
+        for hours in (1, 2, 3)
+        if level + 1 > people and (level + 1 - people) % hours == 0 and (level + 1 - people) // hours <= MOST_DAYS
+    ]
+
+
 def _draw(rng: random.Random, level: int) -> WordProblem:
     """One problem with `level` calculations before the question; raises _Impossible when the numbers run away."""
+    number, hours, days = rng.choice(_shapes(level))
     place = rng.randrange(len(NAMES))
-    people = [NAMES[(place + step) % len(NAMES)] for step in range(level + 1)]
+    people = [NAMES[(place + step) % len(NAMES)] for step in range(number)]
     start = rng.randint(5, 99)
     item = rng.choice(ITEMS)
     story = _Story(rng, item, people, {}, [f"{people[0]} has {start} {item}."], [f"{people[0]} {start}."])
     story.note(people[0], start)
-    changes = rng.randint(0, level // 2) if level > 1 else 0
-    for _ in range(level - changes):
+    for _ in range(number - 1):
         rng.choice(_INTRODUCE)(story)
-    for _ in range(changes):
-        _change(story)
+    _days(story, hours, days)
     question, last, answer = _question(story)
     text = " ".join([*story.facts, question])
     solution = "\n".join([*story.lines, last, f"#### {answer}"])
