@@ -177,7 +177,11 @@ def test_an_interrupt_ends_with_130_and_says_what_is_kept(tiny_teacher: Path, pr
     out = tmp_path / "samples"
     command = [sys.executable, "-m", "thinkfast", "sample", str(tiny_teacher), str(problems), str(out)]
     options = ["--n", "100000", "--seconds", "60", "--max-tokens", "12", "--slots", "4"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+    # Under a shell's & interrupts are ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         while not list(out.glob("part-*.parquet")):
             assert process.poll() is None, "it ended before it was interrupted"
             time.sleep(0.01)

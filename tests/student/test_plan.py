@@ -14,7 +14,7 @@ TEACHER = DecoderConfig(50, 32, 48, 4, 2, 8, (ATTENTION,) * 4)
 def test_named_layers_stay_and_the_mamba_shape_follows_the_teacher():
     config = LayerPlan((1, 3)).student_config(TEACHER)
     assert config.layer_types == (MAMBA, ATTENTION, MAMBA, ATTENTION)
-    assert config.mamba == MambaConfig(n_heads=4, head_dim=8, d_state=8, n_groups=4)
+    assert config.mamba == MambaConfig(n_heads=4, head_dim=8, d_state=8, n_groups=4, chunk_size=8)
     assert config.with_layers(TEACHER.layer_types, None) == TEACHER
 
 
@@ -24,7 +24,7 @@ def test_keeping_everything_is_the_teacher():
 
 def test_wider_mixers_than_the_model_are_allowed_in_whole_steps():
     config = LayerPlan().student_config(replace(TEACHER, head_dim=16))
-    assert config.mamba == MambaConfig(n_heads=4, head_dim=16, d_state=16, n_groups=4)
+    assert config.mamba == MambaConfig(n_heads=4, head_dim=16, d_state=16, n_groups=4, chunk_size=16)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """A seeded generator of school word problems with worked chains of thought.
 
-A problem tells how many things two or three people have, each amount given through earlier ones, then what they find and
-lose every day for some days, and asks for one number. People come in a fixed order of names and a day's hours in theirs,
-so that what comes next is never in doubt. A problem's level is the number of calculations before the question is
-asked. The solution walks through the facts and the days in order, calculates digit by digit and keeps notes of every
-amount known so far: few facts to remember, and a chain of thought as long as the days are many.
+A problem tells how many things two or three people have, each amount given through earlier ones, then what they find
+and lose every day for some days, and asks for one number. People come in a fixed order of names and a day's hours in
+theirs, so that what comes next is never in doubt. A problem's level is the number of calculations before the question
+is asked. The solution walks through the facts and the days in order, calculates digit by digit, and after every
+calculation notes all that it still needs: the amounts, what happens every day, the day, what is asked. So nothing has
+to be recalled from far back, and a chain of thought is as long as the days are many.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ NAMES = (
 HOURS = (("morning", "finds", 1), ("noon", "sells", -1), ("evening", "gets", 1), ("night", "loses", -1))
 """When something happens every day, its verb, and whether it adds or takes away."""
 MOST_DAYS = 9
-ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "nuts", "pears", "pens", "plums", "shells", "stamps")
+ASKED = "{asked}"
+"""Where the notes say what is asked: the question is drawn last, from the amounts of the end."""
+ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "nuts", "pears", "pens")
 PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 HELD_OUT_SHARE = 10
 """One question in this many belongs to the held-out split, by a hash of its text."""
@@ -53,6 +56,17 @@ class WordProblem:
     level: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What happens every day at one hour."""
+
+    hour: str
+    who: str
+    verb: str
+    sign: int
+    by: int
+
+
 class _Impossible(Exception):
     """The drawn step has no numbers that fit; the caller draws another."""
 
@@ -67,6 +81,9 @@ class _Story:
     amounts: dict[str, int]
     facts: list[str]
     lines: list[str]
+    rules: list[_Rule]
+    days: int
+    day: int = 0
 
     def pick(self) -> str:
         return self.rng.choice(list(self.amounts))
@@ -76,8 +93,10 @@ class _Story:
 
     def note(self, who: str, amount: int) -> None:
         self.amounts[who] = amount
-        noted = ", ".join(f"{name} {held}" for name, held in self.amounts.items())
-        self.lines.append(f"Notes: {noted}.")
+        noted = [f"{name} {held}" for name, held in self.amounts.items()]
+        noted += [f"{rule.hour} {rule.who} {rule.verb} {rule.by}" for rule in self.rules]
+        noted += [f"day {self.day} of {self.days}"] if self.days else []
+        self.lines.append(f"Notes: {', '.join(noted)}, asked {ASKED}.")
 
 
 def _compare(story: _Story) -> None:
@@ -138,28 +157,32 @@ def _together(story: _Story) -> None:
     story.note(who, amount)
 
 
-def _days(story: _Story, hours: int, days: int) -> None:
-    """Every morning Ava finds 14, every night Ben loses 5, for six days."""
-    if not days:
-        return
-    rules = []
-    for name, verb, sign in sorted(story.rng.sample(HOURS, hours), key=HOURS.index):
-        who = story.pick()
-        most = 99 if sign > 0 else min(99, (story.amounts[who] - 2) // days)
-        if most < 3:
-            raise _Impossible
-        rules.append((name, who, verb, sign, story.rng.randint(3, most)))
-        story.facts.append(f"Every {name} {who} {verb} {rules[-1][-1]}.")
-    story.facts.append(f"This goes on for {days} days.")
-    for day in range(1, days + 1):
-        story.lines.append(f"Day {day} of {days}.")
-        for name, who, verb, sign, by in rules:
+def _make_rules(rng: random.Random, people: list[str], hours: int, days: int) -> list[_Rule]:
+    """Every morning Ava finds 14, every night Ben loses 5."""
+    chosen = sorted(rng.sample(HOURS, hours), key=HOURS.index)
+    return [
+        _Rule(hour, rng.choice(people), verb, sign, rng.randint(3, 99 if sign > 0 else max(3, 99 // days)))
+        for hour, verb, sign in chosen
+    ]
+
+
+def _live(story: _Story) -> None:
+    """Six days of every morning and every night."""
+    for rule in story.rules:
+        story.facts.append(f"Every {rule.hour} {rule.who} {rule.verb} {rule.by}.")
+    if story.days:
+        story.facts.append(f"This goes on for {story.days} days.")
+    for day in range(1, story.days + 1):
+        story.day = day
+        story.lines.append(f"Day {day} of {story.days}.")
+        for rule in story.rules:
+            who, by = rule.who, rule.by
             have = story.amounts[who]
-            if have + sign * by < 2:
+            if have + rule.sign * by < 2:
                 raise _Impossible
-            line = longhand.add(have, by) if sign > 0 else longhand.subtract(have, by)
-            amount = _fits(have + sign * by)
-            story.lines.append(f"In the {name} {who} {verb} {by}. {who} {have}. {line} So {who} {amount}.")
+            line = longhand.add(have, by) if rule.sign > 0 else longhand.subtract(have, by)
+            amount = _fits(have + rule.sign * by)
+            story.lines.append(f"In the {rule.hour} {who} {rule.verb} {by}. {who} {have}. {line} So {who} {amount}.")
             story.note(who, amount)
 
 
@@ -169,23 +192,25 @@ def _fits(amount: int) -> int:
     return amount
 
 
-def _question(story: _Story) -> tuple[str, str, int]:
-    """The question, the last line of the solution, the answer."""
+def _question(story: _Story) -> tuple[str, str, str, int]:
+    """The question, what the notes say of it, the rest of the last line, the answer."""
     first, second = story.rng.sample(list(story.amounts), 2)
     a, b = story.amounts[first], story.amounts[second]
     kind = story.rng.choice(("total", "difference", "cost"))
     if kind == "total":
         text = f"How many {story.item} do {first} and {second} have in total?"
-        return text, f"{first} {a}. {second} {b}. {longhand.add(a, b)} In total {_fits(a + b)}.", a + b
-    if kind == "difference":
+        asked, line, answer = f"{first} plus {second}", longhand.add(a, b), _fits(a + b)
+    elif kind == "difference":
         if a <= b:
             raise _Impossible
         text = f"How many more {story.item} does {first} have than {second}?"
-        return text, f"{first} {a}. {second} {b}. {longhand.subtract(a, b)} That is {a - b} more.", a - b
-    price = story.rng.randint(2, 9)
-    text = f"Each of the {story.item} costs {price} dollars. How many dollars are those of {first} worth?"
-    cost = _fits(a * price)
-    return text, f"{first} {a}. Each costs {price}. {longhand.multiply(a, price)} That is {cost} dollars.", cost
+        asked, line, answer = f"{first} minus {second}", longhand.subtract(a, b), a - b
+    else:
+        price = story.rng.randint(2, 9)
+        text = f"Each of the {story.item} costs {price} dollars. How many dollars are those of {first} worth?"
+        line, answer = longhand.multiply(a, price), _fits(a * price)
+        return text, f"{first} times {price}", f"{first} {a}. {line} That is {answer}.", answer
+    return text, asked, f"{first} {a}. {second} {b}. {line} That is {answer}.", answer
 
 
 _INTRODUCE: tuple[Callable[[_Story], None], ...] = (_compare, _compare, _times, _part, _together)
@@ -209,14 +234,15 @@ def _draw(rng: random.Random, level: int) -> WordProblem:
     people = [NAMES[(place + step) % len(NAMES)] for step in range(number)]
     start = rng.randint(5, 99)
     item = rng.choice(ITEMS)
-    story = _Story(rng, item, people, {}, [f"{people[0]} has {start} {item}."], [f"{people[0]} {start}."])
+    rules = _make_rules(rng, people, hours, days)
+    story = _Story(rng, item, people, {}, [f"{people[0]} has {start} {item}."], [], rules, days)
     story.note(people[0], start)
     for _ in range(number - 1):
         rng.choice(_INTRODUCE)(story)
-    _days(story, hours, days)
-    question, last, answer = _question(story)
+    _live(story)
+    question, asked, last, answer = _question(story)
     text = " ".join([*story.facts, question])
-    solution = "\n".join([*story.lines, last, f"#### {answer}"])
+    solution = "\n".join([*story.lines, f"Asked {asked}. {last}", f"#### {answer}"]).replace(ASKED, asked)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return WordProblem(f"wp-{level}-{digest[:16]}", text, solution, str(answer), level)
 

@@ -87,7 +87,7 @@ class LayerPlan:
                 f"{heads} heads of {teacher.head_dim} are no multiple of hidden_size {teacher.hidden_size}; "
                 "the stock layout of a student needs a whole expansion factor"
             )
-        return MambaConfig(heads, teacher.head_dim, teacher.head_dim, groups)
+        return MambaConfig(heads, teacher.head_dim, teacher.head_dim, groups, chunk_size=teacher.head_dim)
 
 
 def every(num_layers: int, stride: int) -> tuple[int, ...]:
