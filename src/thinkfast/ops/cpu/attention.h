@@ -13,10 +13,6 @@ namespace tf {
 constexpr int kAhead = 1024;  // bytes
 constexpr int kStart = 2048;  // bytes fetched of a stream before it begins
 
-TF_INLINE void fetch(const void* p, size_t ahead, size_t bytes) {
-    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + ahead + line);
-}
-
 struct Bf16 {
     uint16_t bits;
 };
@@ -70,7 +66,7 @@ TF_INLINE void score_blocks(const T* block, int dim, int head_dim, const float* 
 #pragma GCC unroll 8
         for (int b = 0; b < 2 * B; b++) acc[h][b] = splat(0.0f);
     for (int d = 0; d < head_dim; d++) {
-        fetch(block + (size_t)16 * B * d, kAhead, 16 * B * sizeof(T));
+        fetch(after(block + (size_t)16 * B * d, kAhead), 16 * B * sizeof(T));
         v8 k[2 * B];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) load16(block + (size_t)b * 16 * dim + 16 * d, k[2 * b], k[2 * b + 1]);
@@ -96,7 +92,7 @@ TF_INLINE void weigh(const T* values, int dim, int tokens, const float* weights,
 #pragma GCC unroll 8
         for (int b = 0; b < 2 * B; b++) acc[h][b] = splat(0.0f);
     for (int t = 0; t < tokens; t++) {
-        fetch(values + (size_t)t * dim, kAhead, 16 * B * sizeof(T));
+        fetch(after(values + (size_t)t * dim, kAhead), 16 * B * sizeof(T));
         v8 v[2 * B];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) load16(values + (size_t)t * dim + 16 * b, v[2 * b], v[2 * b + 1]);
@@ -124,7 +120,7 @@ static inline float soften(float* scores, int tokens, const char* following) {
     v8 m = splat(largest(larger(top, other)));
     v8 total = splat(0.0f), rest = splat(0.0f);
     for (int t = 0; t < padded; t += 16) {
-        fetch(following + (size_t)t * 8, 0, 128);
+        fetch(following + (size_t)t * 8, 128);
         v8 a = exp_upto88(load(scores + t) - m), b = exp_upto88(load(scores + t + 8) - m);
         store(scores + t, a);
         store(scores + t + 8, b);
@@ -146,7 +142,7 @@ static void attend_heads(const KeyValues<T>& kv, int tokens, int head_dim, const
     float scale[H];
     const char* following = reinterpret_cast<const char*>(kv.values);
     for (int h = 0; h < H; h++) scale[h] = soften(scores + (size_t)h * lds, tokens, following + (size_t)h * tokens * 8);
-    fetch(kv.next, 0, kStart);
+    fetch(kv.next, kStart);
     int groups = kv.dim / 16, g = 0;
     for (; g + wide <= groups; g += wide)
         weigh<H, wide>(kv.values + 16 * g, kv.dim, tokens, scores, lds, scale, y + 16 * g);

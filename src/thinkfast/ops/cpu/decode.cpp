@@ -13,7 +13,7 @@ namespace {
 #ifndef TF_TILE
 #define TF_TILE 36
 #endif
-constexpr int kTile = TF_TILE;  // rows, a multiple of kRows
+constexpr int kTile = TF_TILE;  // rows, an even number
 
 struct Row {
     int slot, token, position;
@@ -26,8 +26,8 @@ struct Scratch {
     std::vector<int> ids;
 
     Scratch(const Model& m, int capacity)
-        : x((size_t)kTile * m.hidden_padded()), normed((size_t)kTile * m.hidden_padded()), wide((size_t)kTile * m.wide() + 8),
-          middle((size_t)kTile * m.middle() + 8), conv(m.mamba.channels_padded() + 8),
+        : x((size_t)kTile * m.hidden_padded()), normed((size_t)kTile * m.hidden_padded()), wide((size_t)kTile * m.wide() + kSpare),
+          middle((size_t)kTile * m.middle() + kSpare), conv(m.mamba.channels_padded() + kSpare),
           scores((size_t)m.heads / m.kv_heads * (capacity + 16)) {}
 };
 
@@ -102,15 +102,16 @@ struct Pool {
                 gemm<true>(s.middle.data(), out, n, layer.o, s.x.data(), ld);
             } else {
                 const MambaShape& shape = m.mamba;
-                int width = layer.mamba.in_proj.n, out = shape.inner() + 8;
+                int width = layer.mamba.in_proj.n, out = shape.inner() + kSpare;
                 gemm<false>(s.normed.data(), ld, n, layer.mamba.in_proj, s.wide.data(), width);
                 for (int r = 0; r < n; r++) {
                     float *in = &s.wide[(size_t)r * width], *y = &s.middle[(size_t)r * out];
                     float* ring = memory.mamba(rows[r].slot, layer.index);
+                    const float* next = memory.mamba(rows[std::min(r + 1, n - 1)].slot, layer.index);
                     if (rows[r].position == 0) std::fill(ring, ring + shape.slot_size(), 0.0f);
                     auto mix = shape.taps == 4 ? convolve<4> : convolve<0>;
                     mix(shape, layer.mamba, ring, in + shape.inner(), rows[r].position, s.conv.data());
-                    update_state(shape, layer.mamba, ring + shape.ring_size(), s.conv.data(), in + shape.inner() + shape.channels(), y);
+                    update_state(shape, layer.mamba, ring + shape.ring_size(), next, s.conv.data(), in + shape.inner() + shape.channels(), y);
                     gated_norm(shape, layer.mamba, in, y, m.eps);
                 }
                 gemm<true>(s.middle.data(), out, n, layer.mamba.out_proj, s.x.data(), ld);
@@ -126,13 +127,13 @@ struct Pool {
     }
 };
 
-// Cuts the rows into tiles of about equal cost, at most kTile rows each: whole blocks of kRows, whole rounds of threads.
+// Cuts the rows into tiles of about equal cost, an even number of at most kTile rows each, whole rounds of threads.
 std::vector<int> cut(const Pool& pool, const int32_t* positions, int n) {
     const Model& m = pool.model;
     int threads = pool.workers.count();
     // In multiply-adds; a token of context costs a little more than its 2 * dim products a head.
     double fixed = 2.0 * m.hidden * (2.0 * m.inter + m.hidden) * m.layers.size(), each = 3.0 * m.heads * m.dim * m.attention_layers;
-    int tiles = std::min(round_up((n + kTile - 1) / kTile, threads), (n + kRows - 1) / kRows);
+    int tiles = std::min(round_up((n + kTile - 1) / kTile, threads), (n + 1) / 2);
     double total = 0.0, reached = 0.0;
     for (int i = 0; i < n; i++) total += fixed + each * positions[i];
     std::vector<int> starts{0};
@@ -140,7 +141,7 @@ std::vector<int> cut(const Pool& pool, const int32_t* positions, int n) {
         reached += fixed + each * positions[i];
         int held = i + 1 - starts.back();
         bool enough = held == kTile || reached * tiles >= total * starts.size();
-        if (i + 1 < n && held % kRows == 0 && enough) starts.push_back(i + 1);
+        if (i + 1 < n && held % 2 == 0 && enough) starts.push_back(i + 1);
     }
     starts.push_back(n);
     return starts;

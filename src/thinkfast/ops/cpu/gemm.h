@@ -1,4 +1,4 @@
-// Y (rows, N) = X (rows, K) * W (K, N), weights packed once in panels of 16 columns.
+// Y (rows, N) = X (rows, K) * W (K, N), weights packed once in panels of two vectors of columns.
 // Every output is one chain of multiply-adds over k in ascending order, whatever the number of rows: a row's result
 // does not depend on its neighbours.
 #pragma once
@@ -8,8 +8,7 @@
 
 namespace tf {
 
-constexpr int kPanel = 16;
-constexpr int kRows = 6;
+constexpr int kPanel = 2 * kLanes;
 
 struct Packed {
     int k = 0, n = 0;  // n is padded to whole panels
@@ -49,15 +48,15 @@ static inline Packed pack(const std::vector<const float*>& parts, const std::vec
 }
 
 template <int M>
-TF_INLINE void multiply(const float* x, int ldx, const float* w, int k, v8 (&acc)[M][2]) {
+TF_INLINE void multiply(const float* x, int ldx, const float* w, int k, vec (&acc)[M][2]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = splat(0.0f);
+    for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = vec{};
     for (int i = 0; i < k; i++) {
-        __builtin_prefetch(w + (size_t)(i + k) * kPanel);  // the next panel
-        v8 b0 = load(w + (size_t)i * kPanel), b1 = load(w + (size_t)i * kPanel + 8);
+        fetch(w + (size_t)(i + k) * kPanel, sizeof(vec) * 2);  // the next panel
+        vec b0 = load<vec>(w + (size_t)i * kPanel), b1 = load<vec>(w + (size_t)i * kPanel + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < M; r++) {
-            v8 a = splat(x[(size_t)r * ldx + i]);
+            vec a = splat<vec>(x[(size_t)r * ldx + i]);
             acc[r][0] += a * b0;
             acc[r][1] += a * b1;
         }
@@ -66,33 +65,42 @@ TF_INLINE void multiply(const float* x, int ldx, const float* w, int k, v8 (&acc
 
 template <int M, bool Add>
 static void tile_store(const float* x, int ldx, const float* w, int k, float* y, int ldy) {
-    v8 acc[M][2];
+    vec acc[M][2];
     multiply<M>(x, ldx, w, k, acc);
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-        float* to = y + (size_t)r * ldy;
-        store(to, Add ? load(to) + acc[r][0] : acc[r][0]);
-        store(to + 8, Add ? load(to + 8) + acc[r][1] : acc[r][1]);
-    }
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 8
+        for (int half = 0; half < 2; half++) {
+            float* to = y + (size_t)r * ldy + half * kLanes;
+            store(to, Add ? load<vec>(to) + acc[r][half] : acc[r][half]);
+        }
 }
 
 template <int M>
 static void tile_swiglu(const float* x, int ldx, const float* gate, const float* up, int k, float* y, int ldy) {
-    v8 acc[M][2], gated[M][2];
-    multiply<M>(x, ldx, gate, k, acc);
-    for (int r = 0; r < M; r++)
-        for (int half = 0; half < 2; half++) gated[r][half] = acc[r][half];
+    vec acc[M][2], gated[M][2];
+    multiply<M>(x, ldx, gate, k, gated);
     multiply<M>(x, ldx, up, k, acc);
     for (int r = 0; r < M; r++)
-        for (int half = 0; half < 2; half++) store(y + (size_t)r * ldy + 8 * half, silu(gated[r][half]) * acc[r][half]);
+        for (int half = 0; half < 2; half++)
+            store(y + (size_t)r * ldy + half * kLanes, silu(gated[r][half]) * acc[r][half]);
 }
 
-// Calls f.template run<M>(first row) over blocks of 6 rows. Buffers hold whole blocks: the few idle rows at the end are
-// computed along, which costs less than a narrower kernel would; only one or two rows alone are worth one.
+// Calls f.template run<M>(first row) over blocks of 6 and 4 rows. Buffers hold an even number of rows: an odd row at the
+// end is computed together with an idle one, which costs less than a narrower kernel would.
 template <class F>
 TF_INLINE void over_rows(int rows, F f) {
     if (rows <= 2) return f.template run<2>(0);
-    for (int r = 0; r < rows; r += kRows) f.template run<kRows>(r);
+    for (int r = 0; r < rows;) {
+        int left = rows - r;
+        if (left <= 4 || left == 7 || left == 8) {
+            f.template run<4>(r);
+            r += 4;
+        } else {
+            f.template run<6>(r);
+            r += 6;
+        }
+    }
 }
 
 template <bool Add>

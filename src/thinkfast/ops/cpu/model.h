@@ -73,12 +73,12 @@ struct Model {
 
     int hidden_padded() const { return round_up(hidden, kPanel); }
     // Widest output of a product besides the logits, and widest input of a product that leads back to `hidden`.
-    int wide() const { return std::max((heads + 2 * kv_heads) * dim, round_up(mamba.inner() + mamba.channels() + mamba.heads, kPanel)) + 8; }
-    int middle() const { return std::max(std::max(heads * dim, round_up(inter, kPanel)), mamba.inner() + 8); }
+    int wide() const { return round_up(std::max((heads + 2 * kv_heads) * dim, mamba.inner() + mamba.channels() + mamba.heads), kPanel) + kSpare; }
+    int middle() const { return std::max(std::max(heads * dim, round_up(inter, kPanel)), mamba.inner() + kSpare); }
 };
 
 static inline std::vector<float> copied(const float* from, int n) {
-    std::vector<float> to(round_up(n, 8), 0.0f);
+    std::vector<float> to(round_up(n, kSpare), 0.0f);
     std::memcpy(to.data(), from, sizeof(float) * n);
     return to;
 }

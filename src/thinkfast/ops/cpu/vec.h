@@ -1,4 +1,5 @@
-// Eight-lane float vectors on GCC/Clang vector extensions: the compiler lowers them to AVX2, NEON or scalars.
+// Float vectors on GCC/Clang vector extensions: the compiler lowers them to AVX2, NEON or scalars. Eight lanes, or, as
+// `vec`, sixteen where the processor has them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -7,18 +8,46 @@
 namespace tf {
 
 typedef float v8 __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+typedef float vec __attribute__((vector_size(64)));
+#else
+typedef v8 vec;
+#endif
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef uint32_t v8w __attribute__((vector_size(32)));
 typedef double v4d __attribute__((vector_size(32)));
 typedef int64_t v4l __attribute__((vector_size(32)));
-typedef float v8_any __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t v8w_any __attribute__((vector_size(32), aligned(2), may_alias));
 
 #define TF_INLINE static inline __attribute__((always_inline))
 
-TF_INLINE v8 load(const float* p) { return *reinterpret_cast<const v8_any*>(p); }
-TF_INLINE void store(float* p, v8 x) { *reinterpret_cast<v8_any*>(p) = x; }
-TF_INLINE v8 splat(float x) { return v8{x, x, x, x, x, x, x, x}; }
+// Asks for the cache lines of `bytes` bytes from p on; p may lie outside of what is allocated.
+TF_INLINE void fetch(const void* p, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+}
+
+TF_INLINE const void* after(const void* p, size_t bytes) { return static_cast<const char*>(p) + bytes; }
+
+constexpr int kLanes = sizeof(vec) / sizeof(float);
+constexpr int kSpare = 16;  // floats that loops over whole vectors may touch behind the end of a row
+
+template <class V = v8>
+TF_INLINE V load(const float* p) {
+    V x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+template <class V>
+TF_INLINE void store(float* p, V x) {
+    std::memcpy(p, &x, sizeof x);
+}
+
+template <class V = v8>
+TF_INLINE V splat(float x) {
+    return x - V{};
+}
+
 TF_INLINE v4d splat(double x) { return v4d{x, x, x, x}; }
 
 TF_INLINE v8 choose(v8i mask, v8 a, v8 b) { return (v8)((mask & (v8i)a) | (~mask & (v8i)b)); }
@@ -39,26 +68,28 @@ constexpr float kRound = 12582912.0f;
 
 // exp(x) for x <= 88, relative error about 2e-7 (range reduction and polynomial of the Cephes library).
 // Below -87 it gives about 1e-38 instead of going on to zero; NaN stays NaN.
-TF_INLINE v8 exp_upto88(v8 x) {
-    x = choose(x < splat(-87.0f), splat(-87.0f), x);
-    v8 shifted = x * splat(1.44269504f) + splat(kRound);
-    v8 n = shifted - splat(kRound);
-    v8 r = x - n * splat(0.693359375f);
-    r = r - n * splat(-2.12194440e-4f);
-    v8 y = splat(1.9875691500e-4f);
-    y = y * r + splat(1.3981999507e-3f);
-    y = y * r + splat(8.3334519073e-3f);
-    y = y * r + splat(4.1665795894e-2f);
-    y = y * r + splat(1.6666665459e-1f);
-    y = y * r + splat(5.0000001201e-1f);
-    y = y * (r * r) + (r + splat(1.0f));
-    v8i power = ((v8i)shifted << 23) + 0x3f800000;
-    return y * (v8)power;
+template <class V>
+TF_INLINE V exp_upto88(V x) {
+    const V lowest = splat<V>(-87.0f);
+    x = x < lowest ? lowest : x;
+    V shifted = x * 1.44269504f + kRound;
+    V n = shifted - kRound;
+    V r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    V y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + (r + 1.0f);
+    auto power = ((decltype(x < x))shifted << 23) + 0x3f800000;
+    return y * (V)power;
 }
 
-TF_INLINE v8 silu(v8 x) {
-    v8 minus = choose(-x > splat(88.0f), splat(88.0f), -x);
-    return x / (splat(1.0f) + exp_upto88(minus));
+template <class V>
+TF_INLINE V silu(V x) {
+    const V lowest = splat<V>(-88.0f);
+    return x / (exp_upto88(-(x < lowest ? lowest : x)) + 1.0f);
 }
 
 // exp(x) for x <= 0 in double precision, about 1 ulp (rational form of the Cephes library); 1e-304 below -700.
