@@ -44,7 +44,7 @@ def _front(config: DecoderConfig) -> str:
 def _shape(config: DecoderConfig) -> str:
     attention = [str(index) for index, kind in enumerate(config.layer_types) if kind == ATTENTION]
     kind = "Transformer" if MAMBA not in config.layer_types else "hybrid" if attention else "pure Mamba-2 model"
-    text = f"A {kind}, written by [thinkfast](https://pypi.org/project/thinkfast/) {thinkfast.__version__}."
+    text = f"A {kind}, written by thinkfast {thinkfast.__version__}."
     rows = {
         "layers": f"{config.num_layers}, attention in {', '.join(attention) if attention else 'none'}",
         "width": f"{config.hidden_size}, feed-forward {config.intermediate_size}",

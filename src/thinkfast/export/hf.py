@@ -47,7 +47,7 @@ def export_hf(source: Path, out: Path, dtype: str | None = None, compat: bool = 
                 shutil.copyfile(source / name, staging / name)
         write_json(staging / GENERATION, _generation(source, staging))
         if not (staging / "tokenizer.json").exists():
-            warnings.append(f"{source} has no tokenizer.json: the export has no tokenizer")
+            warnings.append("there was no tokenizer.json, so there is no tokenizer")
         try:
             parity = asdict(check(staging))
         except Differs as error:

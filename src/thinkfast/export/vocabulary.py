@@ -61,11 +61,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, source: Path, config: DecoderConfig)
 def _rule(document: dict[str, Any]) -> str | None:
     """llama.cpp's name of the rules of a byte-level BPE tokenizer, None for any other tokenizer."""
     model, before = document.get("model", {}), document.get("pre_tokenizer") or {}
-    if (
-        model.get("type") != "BPE"
-        or model.get("byte_fallback")
-        or document.get("normalizer") not in (None, {"type": "NFC"})
-    ):
+    normal = document.get("normalizer") in (None, {"type": "NFC"})
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not normal:
         return None
     steps = before.get("pretokenizers", [before])
     kinds = [step.get("type") for step in steps]

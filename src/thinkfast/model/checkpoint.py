@@ -54,8 +54,8 @@ def read_config(path: str | Path) -> DecoderConfig:
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
     """A decoder in eval mode from a Llama, dense GraniteMoeHybrid, Bamba, Mamba-2 or Llamba directory.
 
-    The weights are in one file or in shards. The inert attention layer of a pure student is dropped. Raises BadInput naming the file and the field, or every
-    tensor that is missing, unexpected or of the wrong shape.
+    The weights are in one file or in shards. The inert attention layer of a pure student is dropped. Raises BadInput
+    naming the file and the field, or every tensor that is missing, unexpected or of the wrong shape.
     """
     path = Path(path)
     raw = _read_json(path, CONFIG)

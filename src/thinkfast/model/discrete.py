@@ -19,7 +19,7 @@ SMALLEST_STEP = 1e-20
 
 
 class DiscreteMamba2(nn.Module):
-    """in_proj -> x, B, C, z, a; convolution over x, B, C; recurrence S = exp(-softplus(a)) S + x B^T; gate; out_proj."""
+    """in_proj -> x, B, C, z, a; convolution over x, B, C; S = exp(-softplus(a)) S + x B^T; gate; out_proj."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -206,11 +206,10 @@ def _without_attention(hidden: int, intermediate: int, head_dim: int) -> dict[st
 
 def absent(name: str, raw: dict[str, Any], layout: str) -> float | None:
     """What a tensor of the decoder holds everywhere if the layout has not got it, None for one that is in the file."""
-    biased = raw.get(
-        {HYBRID: "mamba_conv_bias", BAMBA: "mamba_conv_bias", MAMBA2: "use_conv_bias"}.get(layout, ""), True
-    )
     if layout == LLAMBA:
         biased = raw["ssm_cfg"].get("conv_bias", True)
+    else:
+        biased = raw.get("use_conv_bias" if layout == MAMBA2 else "mamba_conv_bias", True)
     if name.endswith("conv1d.bias") and not biased:
         return 0.0
     if layout in (MAMBA2, MAMBA_SSM):

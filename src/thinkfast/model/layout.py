@@ -253,7 +253,7 @@ def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[
         )
     if config.rotary_dim not in (None, 0, config.head_dim):
         raise BadInput(
-            f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, expected all or none"
+            f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, not all or none"
         )
     if config.mamba.d_inner % config.hidden_size:
         raise BadInput(
