@@ -29,7 +29,7 @@ from thinkfast.model.checkpoint import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLING = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed")
-Pair = tuple[tuple[str, str], list[int], list[int]]
+Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("thinkfast")
@@ -109,8 +109,8 @@ class ThinkfastLM(TemplateLM):  # type: ignore[misc]
             scored = self._score([rows[index] for index in together], [wanted[index] for index in together])
             for index, result in zip(together, scored, strict=True):
                 results[index] = result
-                if requests[index][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
+                if (texts := requests[index][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
 
     def _score(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[tuple[float, bool]]:
@@ -132,8 +132,8 @@ class ThinkfastLM(TemplateLM):  # type: ignore[misc]
         results = []
         for text in (request.args[0] for request in requests):
             windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            pairs = [(None, *make_disjoint_window(window)) for window in windows]
-            total = sum(score for score, _ in self._loglikelihood_tokens(pairs))  # type: ignore[arg-type]
+            pairs: list[Pair] = [(None, *make_disjoint_window(window)) for window in windows]
+            total = sum(score for score, _ in self._loglikelihood_tokens(pairs))
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results

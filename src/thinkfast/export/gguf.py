@@ -18,6 +18,7 @@ from thinkfast.model.checkpoint import load_model
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import rope_frequencies
+from thinkfast.model.layout import check_stock
 
 if TYPE_CHECKING:
     import gguf
@@ -72,6 +73,7 @@ def expressible(config: DecoderConfig, source: Path) -> DecoderConfig:
     Raises BadInput for a shape that llama.cpp has not got.
     """
     mamba = config.mamba
+    check_stock(config)
     if MAMBA not in config.layer_types or mamba is None:
         return config
     if mamba.d_inner not in (config.hidden_size, WIDTH * config.hidden_size):
@@ -143,7 +145,7 @@ def _mamba(state: dict[str, Tensor], prefix: str, own: MambaConfig, wide: MambaC
 def _padded(rows: Tensor, *parts: tuple[int, int]) -> Tensor:
     """Rows in parts of (length, wanted length), each filled up with zeros."""
     pieces = []
-    for part, (length, wanted) in zip(rows.split([length for length, _ in parts]), parts, strict=True):
+    for part, (length, wanted) in zip(torch.split(rows, [length for length, _ in parts]), parts, strict=True):
         pieces += [part, rows.new_zeros(wanted - length, *rows.shape[1:])]
     return torch.cat(pieces)
 
@@ -184,7 +186,7 @@ def _add_keys(writer: gguf.GGUFWriter, config: DecoderConfig, name: str, file_ty
     writer.add_embedding_scale(1.0)
     writer.add_residual_scale(1.0)
     writer.add_logit_scale(1.0)
-    writer.add_rope_scaling_finetuned(True)  # the switch of rotary embedding in this architecture
+    writer.add_rope_scaling_finetuned(config.rotary_dim != 0)  # in this architecture the switch of rotary embedding
     writer.add_ssm_conv_kernel(mamba.d_conv)
     writer.add_ssm_state_size(mamba.d_state)
     writer.add_ssm_group_count(mamba.n_groups)

@@ -16,6 +16,7 @@ from thinkfast.export.parity import Differs, check
 from thinkfast.model.checkpoint import GENERATION, load_model, save_model
 from thinkfast.model.config import MAMBA, DecoderConfig
 from thinkfast.model.decoder import Decoder
+from thinkfast.model.layout import check_stock
 from thinkfast.records import Failed, read_json, write_json, write_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,6 +63,7 @@ def export_hf(source: Path, out: Path, dtype: str | None = None, compat: bool = 
 def examine(config: DecoderConfig, source: Path, compat: bool) -> list[str]:
     """Refuses what dense GraniteMoeHybrid cannot express; says which readers would read the rest wrong."""
     mamba = config.mamba
+    check_stock(config)
     if MAMBA not in config.layer_types or mamba is None or mamba.n_groups == 1:
         return []
     if compat:

@@ -6,6 +6,7 @@ Also a program, `python -m thinkfast.export.parity DIRECTORY...`, that needs onl
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -140,8 +141,7 @@ def _same_weights(ours: Decoder, again: Decoder, path: Path) -> None:
 
 def _load(path: Path) -> Any:
     """The stock model in float32, loaded strictly."""
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True
     )
@@ -156,8 +156,7 @@ def _load(path: Path) -> Any:
 @contextmanager
 def _quiet() -> Iterator[Any]:
     """`transformers` without its notes on slow paths, which are wanted here."""
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -51,8 +51,8 @@ class DiscreteMamba2(nn.Module):
         else:
             mixed, past = causal_conv(xbc, taps, bias, None if cache is None else cache.conv)
             x, B, C = self._parts(mixed)
-            state = None if cache is None else cache.state
-            y, state = ssd_chunked(x / dt[..., None], dt, A, B, C, none, state, shape.chunk_size)
+            held = None if cache is None else cache.state
+            y, state = ssd_chunked(x / dt[..., None], dt, A, B, C, none, held, shape.chunk_size)
         if cache is not None:
             cache.conv.copy_(past)
             cache.state.copy_(state)

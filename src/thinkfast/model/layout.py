@@ -200,6 +200,19 @@ def parse_eos(fields: Fields, default: int | None = 2) -> tuple[int, ...]:
     return tuple(values)
 
 
+def check_stock(config: DecoderConfig) -> None:
+    """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has."""
+    if config.mamba is not None and config.mamba.discrete:
+        raise BadInput(
+            "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers"
+        )
+    if config.rotary_dim not in (None, 0, config.head_dim):
+        raise BadInput(
+            f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, which no layout that is "
+            "written can express: all or none"
+        )
+
+
 def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[str, Any]:
     """The config.json of a decoder, in the spelling that transformers 4.57 and 5, vLLM, SGLang and llama.cpp read.
 
@@ -247,14 +260,7 @@ def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[
         return raw | {"architectures": ["LlamaForCausalLM"], "mlp_bias": False}
     if config.mamba is None:
         raise ValueError("the configuration has no mamba shape")
-    if config.mamba.discrete:
-        raise BadInput(
-            "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers"
-        )
-    if config.rotary_dim not in (None, 0, config.head_dim):
-        raise BadInput(
-            f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, not all or none"
-        )
+    check_stock(config)
     if config.mamba.d_inner % config.hidden_size:
         raise BadInput(
             f"mamba n_heads * head_dim = {config.mamba.d_inner} is not a multiple of hidden_size {config.hidden_size}"
