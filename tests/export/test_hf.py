@@ -139,7 +139,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(make_model: Make,
     model = load_model(large)
     with torch.no_grad():
         model.layers[0].mixer.in_proj.weight[0, 0] = 1e6
-    with pytest.raises(BadInput, match=r"layers\.0\.mixer\.in_proj\.weight holds values that are not finite in float16"):
+    with pytest.raises(
+        BadInput, match=r"layers\.0\.mixer\.in_proj\.weight holds values that are not finite in float16"
+    ):
         hf.to_dtype(model, torch.float16)
 
 
@@ -147,9 +149,7 @@ def test_one_group_is_compatible(make_model: Make, tmp_path: Path) -> None:
     assert export_hf(make_model("pure"), tmp_path / "out", None, True)["warnings"] == []
 
 
-def test_an_export_that_differs_gets_no_name(
-    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_differs_gets_no_name(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def differs(path: Path) -> None:
         raise Differs(f"{path}: the logits are off")
 
