@@ -129,11 +129,14 @@ def test_the_command_line(student: Path, tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     arguments = ["--model", "thinkfast", "--model_args", f"path={student}", "--tasks", "made_choice", "--limit", "3"]
     arguments += ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tmp_path / "out.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "thinkfast.harness", *arguments], capture_output=True, text=True, check=False
-    )
+    program = [sys.executable, "-m", "thinkfast.harness"]
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "made_choice" in done.stdout
+    arguments[3] = f"path={tmp_path}/nothing"
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"thinkfast: {tmp_path}/nothing/tokenizer.json: no tokenizer there"
 
 
 def test_sampling_repeats_differ_and_mistakes_are_named(student: Path) -> None:

@@ -8,9 +8,9 @@ here, with all of its own arguments:
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class ThinkfastLM(TemplateLM):  # type: ignore[misc]
             raise BadInput(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         if not str(batch_size).isdigit() or not int(batch_size):
             raise BadInput(f"batch_size is {batch_size!r}, expected a positive integer")
-        self.path = Path(path)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"  # the harness' command line asks for cuda wherever nothing else is asked for
         self.words = load_tokenizer(path)
         self.model = load_model(path, DTYPES[dtype], device)
         self.batch = min(int(batch_size), max_batch_size or int(batch_size))
@@ -184,10 +185,14 @@ class ThinkfastLM(TemplateLM):  # type: ignore[misc]
 
 
 def main() -> None:
-    """The harness's own command line."""
+    """The harness's own command line; bad input is one line and status 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except BadInput as error:
+        print(f"thinkfast: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
