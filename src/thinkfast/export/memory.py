@@ -78,8 +78,10 @@ def plan(config: DecoderConfig, dtype: str) -> tuple[dict[str, Any], str]:
     """The sizes as a document and in words, with the sequences that fit on cards of some sizes."""
     single, half = memory_of(config), memory_of(config, HALF)
     weights = single.parameters * WEIGHT_BYTES[dtype]
+    limit = config.max_position_embeddings
+    contexts = [context for context in CONTEXTS if context <= limit] or [limit]
     fits = {
-        str(card): {str(context): single.sequences(card * GIB, weights, context) for context in CONTEXTS}
+        str(card): {str(context): single.sequences(card * GIB, weights, context) for context in contexts}
         for card in CARDS
     }
     document: dict[str, Any] = {
@@ -92,7 +94,7 @@ def plan(config: DecoderConfig, dtype: str) -> tuple[dict[str, Any], str]:
         "state_bytes_layer": {"float32": single.state, "bfloat16": half.state},
         "conv_bytes_layer": single.conv,
         "vllm_block_tokens": {"float32": single.block, "bfloat16": half.block},
-        "sequence_bytes": {str(context): single.sequence(context) for context in CONTEXTS},
+        "sequence_bytes": {str(context): single.sequence(context) for context in contexts},
         "max_num_seqs": fits,
     }
     lines = [
@@ -105,7 +107,7 @@ def plan(config: DecoderConfig, dtype: str) -> tuple[dict[str, Any], str]:
             f"in float32, {half.state / KIB:g} in bfloat16, and {single.conv / KIB:g} of the convolution",
             f"vLLM's block       {single.block} tokens with a float32 state, {half.block} with a bfloat16 one",
         ]
-    lines.append("one sequence       " + _row(f"{single.sequence(c) / GIB:.3f} GiB at {c}" for c in CONTEXTS))
+    lines.append("one sequence       " + _row(f"{single.sequence(c) / GIB:.3f} GiB at {c}" for c in contexts))
     for card, counts in fits.items():
         lines.append(f"on {card:>3} GiB         " + _row(f"{n:,} at {context}" for context, n in counts.items()))
     return document, "\n".join(lines)
