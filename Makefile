@@ -1,10 +1,11 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH ?= torch==2.13.0
 VENV := .venv
+COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench compat llama harness clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -27,8 +28,25 @@ bench: $(VENV)/.demo-installed  ## tokens per second of teacher, hybrid and pure
 	$(BIN)/thinkfast convert bundled runs/bench/hybrid --attention 1 >/dev/null
 	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --out benchmarks/results/decode.json
 
+compat: $(VENV)/.dev-installed  ## exports in transformers 5.16 and 4.57, each in an environment of its own
+	for version in $(COMPAT); do \
+		test -x .venv-compat/$$version/bin/python || $(PYTHON) -m venv .venv-compat/$$version; \
+		.venv-compat/$$version/bin/python -m pip install -q "$(TORCH)" transformers==$$version || exit 1; \
+	done
+	THINKFAST_COMPAT="$(COMPAT:%=.venv-compat/%/bin/python)" $(BIN)/pytest -m compat tests/export
+
+llama: $(VENV)/.dev-installed  ## exports in llama.cpp itself, which is compiled for it (some minutes)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[llama]"
+	$(BIN)/pytest -m llama tests/export
+
+harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on transformers: same scores
+	test -x .venv-harness/bin/python || $(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install -q "$(TORCH)"
+	.venv-harness/bin/python -m pip install -q -e ".[dev,eval]"
+	.venv-harness/bin/pytest -m harness tests/test_harness.py
+
 clean:  ## remove what make and the tests wrote, but no runs
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-compat .venv-harness build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in before whatever depends on it, so that a build chosen by TORCH or by pip's settings stays.

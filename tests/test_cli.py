@@ -212,3 +212,23 @@ def test_doctor_tells_what_is_there_and_what_is_not(
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     assert main(["doctor"]) == 1
     assert "NO  native kernels  " in capsys.readouterr().out
+
+
+def test_export_writes_plans_and_refuses(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    assert main(["export", str(tiny_teacher), "--plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["attention_layers"] == 2
+    assert main(["export", str(tiny_teacher), str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["parity"]["logits"] < 1e-4
+    for arguments, message in {
+        (str(out),): f"{out} exists, expected a new directory",
+        (): "OUT is missing, expected where the export goes (or --plan)",
+        (str(tmp_path / "x"), "--format", "onnx"): "format is 'onnx', expected one of hf, gguf",
+        (str(tmp_path / "x"), "--format", "gguf", "--compat"): "--compat is about transformers, expected the format hf",
+    }.items():
+        assert main(["export", str(tiny_teacher), *arguments]) == 2
+        assert capsys.readouterr().err == f"thinkfast: {message}\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

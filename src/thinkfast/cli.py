@@ -194,6 +194,32 @@ def bench(
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="A new directory, or a new file for gguf.")] = None,
+    form: Annotated[str, typer.Option("--format", help="'hf' for a Hugging Face directory, 'gguf' for a file.")] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16; with gguf also q8_0.")] = None,
+    compat: Annotated[bool, typer.Option("--compat", help="Only what older transformers read right as well.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Tell what serving it takes in memory; write nothing.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a model as a stock checkpoint that other engines run, checked before it gets its name."""
+    from thinkfast.export import export_model, plan_model
+    from thinkfast.stages import teacher_directory
+
+    source = teacher_directory(str(model))
+    if plan:
+        document, words = plan_model(source, form, dtype)
+        print(words)
+    elif out is None:
+        raise BadInput("OUT is missing, expected where the export goes (or --plan)")
+    else:
+        document = export_model(source, out, form, dtype, compat)
+        print("\n".join([document["out"], *(f"note: {warning}" for warning in document["warnings"])]))
+    _finish(document, json_)
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """Tell what this machine has and what it lacks; status 1 when something is missing."""
     from thinkfast.doctor import examine

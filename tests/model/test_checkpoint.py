@@ -189,7 +189,7 @@ def test_shapes_the_stock_class_refuses_are_refused(tiny, tmp_path: Path) -> Non
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 BAD_FIELDS = [
-    ("llama", {"model_type": "mistral"}, "model_type is 'mistral', supported are 'llama' and 'granitemoehybrid'"),
+    ("llama", {"model_type": "mistral"}, "model_type is 'mistral', supported are 'llama', 'granitemoehybrid', "),
     ("llama", {"attention_bias": True}, "attention_bias is True"),
     ("llama", {"mlp_bias": True}, "mlp_bias is True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -212,13 +212,13 @@ BAD_FIELDS = [
     ("llama", {"rope_parameters": LLAMA3 | {"factor": "x"}}, "rope_parameters: "),
     ("hybrid", {"num_local_experts": 8}, "num_local_experts is 8"),
     ("hybrid", {"num_local_experts": "absent"}, "num_local_experts is 8"),
-    ("hybrid", {"position_embedding_type": None}, "position_embedding_type is None"),
+    ("hybrid", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'"),
     ("hybrid", {"mamba_proj_bias": True}, "mamba_proj_bias is True"),
-    ("hybrid", {"mamba_conv_bias": False}, "mamba_conv_bias is False"),
-    ("hybrid", {"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
-    ("hybrid", {"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
-    ("hybrid", {"logits_scaling": 8}, "logits_scaling is 8"),
-    ("hybrid", {"attention_multiplier": 1.0}, "attention_multiplier is 1.0"),
+    ("hybrid", {"mamba_conv_bias": "yes"}, "mamba_conv_bias is 'yes'"),
+    ("hybrid", {"embedding_multiplier": "12"}, "embedding_multiplier is '12'"),
+    ("hybrid", {"residual_multiplier": 0}, "residual_multiplier is 0"),
+    ("hybrid", {"logits_scaling": -8}, "logits_scaling is -8"),
+    ("hybrid", {"attention_multiplier": None}, "attention_multiplier is None"),
     ("hybrid", {"time_step_limit": [0.0, 0.5]}, "time_step_limit is [0.0, 0.5]"),
     ("hybrid", {"layer_types": ["mamba", "attention"]}, "layer_types is ['mamba', 'attention']"),
     ("hybrid", {"layer_types": ["mamba", "conv", "mamba"]}, "layer_types[1] is 'conv'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import jinja2
@@ -26,13 +27,22 @@ def render_prompt(tokenizer: Tokenizer, problem: str) -> list[int]:
     """Token ids of one user turn, ready to be answered: the tokenizer's chat template, or plain text and a line end."""
     if tokenizer.chat_template is None:
         return tokenizer.encode(f"{tokenizer.bos_token}{problem}\n")
+    return tokenizer.encode(render_chat(tokenizer, [{"role": "user", "content": problem}]))
+
+
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
+    """Turns with role and content as text by the tokenizer's chat template; `answer`: ready to be answered.
+
+    Raises BadInput where there is no template or it refuses the turns.
+    """
+    if tokenizer.chat_template is None:
+        raise BadInput("the tokenizer has no chat template")
     try:
-        text = _compiled(tokenizer.chat_template).render(
-            messages=[{"role": "user", "content": problem}],
-            add_generation_prompt=True,
+        return _compiled(tokenizer.chat_template).render(
+            messages=list(messages),
+            add_generation_prompt=answer,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         )
     except jinja2.TemplateError as error:
         raise BadInput(f"chat template: {error}") from error
-    return tokenizer.encode(text)

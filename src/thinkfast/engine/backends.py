@@ -72,6 +72,8 @@ class NativeBackend:
 
     def __init__(self, model: Decoder, kv_dtype: str) -> None:
         config, mamba = model.config, model.config.mamba
+        if mamba is not None and mamba.discrete:
+            raise BuildError("the kernels have no Discrete Mamba-2")
         # Half the bytes a step, and wide enough for keys and values.
         self.kv_dtype = "float32" if kv_dtype == "float32" else "bfloat16"
         shape = Shape(
@@ -88,7 +90,7 @@ class NativeBackend:
             sizes = (mamba.n_heads, mamba.head_dim, mamba.d_state, mamba.n_groups, mamba.d_conv)
             shape = replace(shape, mamba=sizes)
         tensors = {**model.state_dict(), "head": model.head_weight}
-        frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.model = NativeModel(shape, tensors, frequency)
 
     def memory(self, slots: int, capacity: int) -> NativeMemory:

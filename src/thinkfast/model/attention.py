@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, u: Tensor, cache: AttentionCache | None = None) -> Tensor:

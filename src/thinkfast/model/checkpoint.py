@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
-from thinkfast.model.layout import dump_config, parse_config
+from thinkfast.model.foreign import absent, adapt, parse
+from thinkfast.model.layout import dump_config
 from thinkfast.model.tensors import (
     from_stock,
     inert_layer,
     layout_of,
+    stock_name,
     stock_shapes,
     to_stock,
     without_last_layer,
@@ -30,6 +33,7 @@ from thinkfast.model.tensors import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -40,7 +44,7 @@ def read_config(path: str | Path) -> DecoderConfig:
     Raises BadInput naming the file and the field.
     """
     path = Path(path)
-    _, config = parse_config(_read_json(path, CONFIG), str(path / CONFIG))
+    _, config = parse(_read_json(path, CONFIG), str(path / CONFIG))
     writers = writers_of_only_attention(config)
     if writers and _all_zero(_read_tensors(path, writers), writers):
         return config.with_layers(config.layer_types[:-1], config.mamba)
@@ -48,26 +52,34 @@ def read_config(path: str | Path) -> DecoderConfig:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
-    """A decoder in eval mode from a Llama or a dense GraniteMoeHybrid directory, in one file or in shards.
+    """A decoder in eval mode from a Llama, dense GraniteMoeHybrid, Bamba, Mamba-2 or Llamba directory.
 
-    The inert attention layer of a pure student is dropped. Raises BadInput naming the file and the field, or every
-    tensor that is missing, unexpected or of the wrong shape.
+    The weights are in one file or in shards. The inert attention layer of a pure student is dropped. Raises BadInput
+    naming the file and the field, or every tensor that is missing, unexpected or of the wrong shape.
     """
     path = Path(path)
-    layout, config = parse_config(_read_json(path, CONFIG), str(path / CONFIG))
+    raw = _read_json(path, CONFIG)
+    layout, config = parse(raw, str(path / CONFIG))
     stock = _read_tensors(path)
     if config.tie_word_embeddings:
         # Some tied checkpoints store the shared matrix twice.
-        head, embedding = stock.get("lm_head.weight"), stock.get("model.embed_tokens.weight")
+        head = stock.get("lm_head.weight")
+        embedding = stock.get(stock_name("embed_tokens.weight", config, layout)[0])
         if head is not None and embedding is not None and torch.equal(head, embedding):
             del stock["lm_head.weight"]
     model = _skeleton(config)
-    _check(path, stock, stock_shapes(model.state_dict(), config, layout))
+    state = {name: tensor for name, tensor in model.state_dict().items() if absent(name, raw, layout) is None}
+    _check(path, stock, stock_shapes(state, config, layout))
     writers = writers_of_only_attention(config)
     if writers and _all_zero(stock, writers):
         stock, config = without_last_layer(stock, config)
         model = _skeleton(config)
-    state = from_stock(stock, list(model.state_dict()), config, layout)
+    gaps = {name: absent(name, raw, layout) for name in model.state_dict()}
+    state = from_stock(stock, [name for name, value in gaps.items() if value is None], config, layout)
+    state = adapt(state, raw, layout, config)
+    for name, tensor in model.state_dict().items():
+        if (value := gaps[name]) is not None:
+            state[name] = torch.full_like(tensor, value)
     state = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
@@ -194,6 +206,8 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if not (path / INDEX).is_file():
+        if (path / PICKLED).is_file():
+            return [path / PICKLED]
         raise BadInput(f"{path}: neither {WEIGHTS} nor {INDEX}, expected weights in safetensors")
     weight_map = _read_json(path, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -210,6 +224,8 @@ def _read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, T
     wanted = None if names is None else set(names)
     tensors = {}
     for file in _weight_files(path):
+        if file.name == PICKLED:
+            return _read_pickled(file)
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
@@ -218,6 +234,17 @@ def _read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, T
                         tensors[name] = shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{file}: not a complete safetensors file ({error})") from error
+    return tensors
+
+
+def _read_pickled(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file older than safetensors; nothing but tensors is unpickled."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{file}: not a file of tensors ({str(error).splitlines()[0]})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise BadInput(f"{file}: holds something else than named tensors")
     return tensors
 
 

@@ -20,7 +20,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class MambaConfig:
-    """Mamba-2 mixer shape, in the GraniteMoeHybrid definition: d_inner = n_heads * head_dim."""
+    """Mamba-2 mixer shape, in the GraniteMoeHybrid definition: d_inner = n_heads * head_dim.
+
+    `discrete`: the Discrete Mamba-2 of Llamba instead, see `thinkfast.model.discrete`.
+    """
 
     n_heads: int
     head_dim: int
@@ -28,6 +31,7 @@ class MambaConfig:
     n_groups: int
     d_conv: int = 4
     chunk_size: int = 64
+    discrete: bool = False
 
     @property
     def d_inner(self) -> int:
@@ -46,7 +50,10 @@ class MambaConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Everything that fixes a decoder's tensors and arithmetic. `layer_types` has one entry a layer."""
+    """Everything that fixes a decoder's tensors and arithmetic. `layer_types` has one entry a layer.
+
+    `rotary_dim`: channels of a head that rotary embedding turns, by default all; 0 for no positions at all.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -64,6 +71,7 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

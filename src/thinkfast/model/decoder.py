@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import AttentionCache, Cache, LayerCache, MambaCache
 from thinkfast.model.config import ATTENTION, DecoderConfig
+from thinkfast.model.discrete import DiscreteMamba2
 from thinkfast.model.layers import RMSNorm, SwiGLU
 from thinkfast.model.mamba2 import Mamba2
 
@@ -15,12 +16,14 @@ from thinkfast.model.mamba2 import Mamba2
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    mixer: Attention | Mamba2
+    mixer: Attention | Mamba2 | DiscreteMamba2
 
     def __init__(self, config: DecoderConfig, kind: str) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = Attention(config) if kind == ATTENTION else Mamba2(config)
+        discrete = config.mamba is not None and config.mamba.discrete
+        mamba = DiscreteMamba2 if discrete else Mamba2
+        self.mixer = Attention(config) if kind == ATTENTION else mamba(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 

@@ -42,8 +42,14 @@ class SwiGLU(nn.Module):
         return out
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Angular frequency of each pair of channels, shape (head_dim / 2,), float32; llama3 scaling where given."""
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, rotary_dim: int | None = None) -> Tensor:
+    """Angular frequency of each pair of channels, shape (head_dim / 2,), float32; llama3 scaling where given.
+
+    With `rotary_dim` only the first rotary_dim / 2 pairs turn.
+    """
+    if rotary_dim is not None and rotary_dim != head_dim:
+        still = torch.zeros((head_dim - rotary_dim) // 2)
+        return torch.cat((rope_frequencies(rotary_dim, theta, scaling), still))
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequency = 1.0 / theta**exponent
     if scaling is None:

@@ -1,6 +1,7 @@
 """Stock checkpoint layouts: what the config.json of a Hugging Face model says about a decoder.
 
-Two layouts are known, named by their `model_type`: `llama`, and `granitemoehybrid` in its dense form (no experts).
+Two layouts are written, named by their `model_type`: `llama`, and `granitemoehybrid` in its dense form (no experts).
+Those that are only read are in `foreign.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig,
 LLAMA = "llama"
 HYBRID = "granitemoehybrid"
 KINDS = {"mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, "full_attention": ATTENTION}
-UNIT_FIELDS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+NO_POSITIONS = (None, "nope")
 
 
-class _Fields:
+class Fields:
     """The fields of one config.json, read with a complaint that names file and field."""
 
     def __init__(self, raw: dict[str, Any], where: str) -> None:
@@ -47,6 +49,12 @@ class _Fields:
             raise self.fail(name, value, "a token id or null")
         return value
 
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.raw.get(name, default)
+        if not isinstance(value, bool):
+            raise self.fail(name, value, "true or false")
+        return value
+
     def only(self, name: str, default: object, supported: object) -> None:
         """Refuses every value of a field but the one the decoder computes."""
         value = self.raw.get(name, default)
@@ -59,10 +67,10 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
 
     Raises BadInput naming `where` and the field, for whatever the decoder does not compute.
     """
-    fields = _Fields(raw, where)
+    fields = Fields(raw, where)
     layout = raw.get("model_type")
     if layout not in (LLAMA, HYBRID):
-        raise BadInput(f"{where}: model_type is {layout!r}, supported are {LLAMA!r} and {HYBRID!r} (dense)")
+        raise BadInput(f"{where}: model_type is {layout!r}, expected {LLAMA!r} or {HYBRID!r}")
     fields.only("quantization_config", None, None)
     fields.only("hidden_act", "silu", "silu")
     fields.only("attention_bias", False, False)
@@ -76,11 +84,9 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
         mamba = None
     else:
         kinds = _parse_layer_types(fields)
-        mamba = _parse_hybrid(fields, hidden, head_dim) if MAMBA in kinds else None
-    theta, scaling = _parse_rope(fields)
-    tied = raw.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise fields.fail("tie_word_embeddings", tied, "true or false")
+        mamba = _parse_hybrid(fields, hidden) if MAMBA in kinds else None
+    theta, scaling = parse_rope(fields)
+    positions = layout == LLAMA or _parse_positions(fields)
     try:
         return layout, DecoderConfig(
             vocab_size=fields.integer("vocab_size"),
@@ -95,16 +101,17 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=fields.integer("max_position_embeddings", 2048),
-            tie_word_embeddings=tied,
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             bos_token_id=fields.token("bos_token_id", 1),
-            eos_token_ids=_parse_eos(fields),
+            eos_token_ids=parse_eos(fields),
             pad_token_id=fields.token("pad_token_id", None),
+            rotary_dim=None if positions else 0,
         )
     except ValueError as error:
         raise BadInput(f"{where}: {error}") from error
 
 
-def _parse_layer_types(fields: _Fields) -> tuple[str, ...]:
+def _parse_layer_types(fields: Fields) -> tuple[str, ...]:
     names = fields.raw.get("layer_types")
     count = fields.integer("num_hidden_layers")
     if not isinstance(names, list) or len(names) != count:
@@ -115,19 +122,26 @@ def _parse_layer_types(fields: _Fields) -> tuple[str, ...]:
     return tuple(KINDS[name] for name in names)
 
 
-def _parse_hybrid(fields: _Fields, hidden: int, head_dim: int) -> MambaConfig:
+def _parse_positions(fields: Fields) -> bool:
+    """Whether there is rotary embedding; checks what `adapt` reads as well."""
+    value = fields.raw.get("position_embedding_type")
+    if value not in (*NO_POSITIONS, "rope"):
+        raise fields.fail("position_embedding_type", value, "'rope', 'nope' or null")
+    for name in (*MULTIPLIERS, "attention_multiplier"):
+        fields.number(name, 1.0)
+    return value == "rope"
+
+
+def _parse_hybrid(fields: Fields, hidden: int) -> MambaConfig:
     fields.only("num_local_experts", 8, 0)
-    fields.only("position_embedding_type", None, "rope")
+    return parse_mamba(fields, hidden)
+
+
+def parse_mamba(fields: Fields, hidden: int) -> MambaConfig:
+    """The `mamba_*` fields that GraniteMoeHybrid and Bamba share."""
     fields.only("mamba_proj_bias", False, False)
-    fields.only("mamba_conv_bias", True, True)
-    for name in UNIT_FIELDS:
-        fields.only(name, 1.0, 1.0)
-    multiplier = fields.number("attention_multiplier", 1.0)
-    if not math.isclose(multiplier, head_dim**-0.5, rel_tol=1e-6):
-        raise fields.fail("attention_multiplier", multiplier, f"head_dim ** -0.5 = {head_dim**-0.5!r}")
-    limit = fields.raw.get("time_step_limit")
-    if limit is not None and limit not in ([0, math.inf], [0, {"__float__": "Infinity"}]):
-        raise fields.fail("time_step_limit", limit, "no limit")
+    fields.flag("mamba_conv_bias", True)
+    check_no_limit(fields)
     heads = fields.integer("mamba_n_heads", 128)
     inner = fields.integer("mamba_expand", 2) * hidden
     auto = fields.raw.get("mamba_d_head", "auto") == "auto"
@@ -144,16 +158,23 @@ def _parse_hybrid(fields: _Fields, hidden: int, head_dim: int) -> MambaConfig:
     )
 
 
-def _parse_rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """`rope_scaling` goes before `rope_parameters` where both are written, as in transformers."""
+def check_no_limit(fields: Fields) -> None:
+    """Refuses a limit on the time step: the stock classes do not apply it in every path."""
+    limit = fields.raw.get("time_step_limit")
+    if limit is not None and limit not in ([0, math.inf], [0, {"__float__": "Infinity"}]):
+        raise fields.fail("time_step_limit", limit, "no limit")
+
+
+def parse_rope(fields: Fields, partial: float = 1.0) -> tuple[float, RopeScaling | None]:
+    """Base and scaling; `rope_scaling` goes before `rope_parameters` where both are written, as in transformers."""
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     raw = fields.raw.get(name) or {}
     if not isinstance(raw, dict):
         raise fields.fail(name, raw, "an object or null")
-    inner = _Fields(raw, f"{fields.where}: {name}")
+    inner = Fields(raw, f"{fields.where}: {name}")
     theta = inner.number("rope_theta", fields.number("rope_theta", 10000.0))
-    inner.only("partial_rotary_factor", 1.0, 1.0)
-    fields.only("partial_rotary_factor", 1.0, 1.0)
+    inner.only("partial_rotary_factor", partial, partial)
+    fields.only("partial_rotary_factor", partial, partial)
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -169,13 +190,27 @@ def _parse_rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _parse_eos(fields: _Fields) -> tuple[int, ...]:
-    value = fields.raw.get("eos_token_id", 2)
+def parse_eos(fields: Fields, default: int | None = 2) -> tuple[int, ...]:
+    """The ids that end a text."""
+    value = fields.raw.get("eos_token_id", default)
     values = [] if value is None else value if isinstance(value, list) else [value]
     for item in values:
         if isinstance(item, bool) or not isinstance(item, int) or item < 0:
             raise fields.fail("eos_token_id", value, "a token id, a list of them, or null")
     return tuple(values)
+
+
+def check_stock(config: DecoderConfig) -> None:
+    """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has."""
+    if config.mamba is not None and config.mamba.discrete:
+        raise BadInput(
+            "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers"
+        )
+    if config.rotary_dim not in (None, 0, config.head_dim):
+        raise BadInput(
+            f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, which no layout that is "
+            "written can express: all or none"
+        )
 
 
 def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -225,6 +260,7 @@ def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[
         return raw | {"architectures": ["LlamaForCausalLM"], "mlp_bias": False}
     if config.mamba is None:
         raise ValueError("the configuration has no mamba shape")
+    check_stock(config)
     if config.mamba.d_inner % config.hidden_size:
         raise BadInput(
             f"mamba n_heads * head_dim = {config.mamba.d_inner} is not a multiple of hidden_size {config.hidden_size}"
@@ -235,9 +271,9 @@ def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[
         "shared_intermediate_size": config.intermediate_size,
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
-        "position_embedding_type": "rope",
+        "position_embedding_type": None if config.rotary_dim == 0 else "rope",
         "attention_multiplier": config.head_dim**-0.5,
-        **dict.fromkeys(UNIT_FIELDS, 1.0),
+        **dict.fromkeys(MULTIPLIERS, 1.0),
         "mamba_n_heads": config.mamba.n_heads,
         "mamba_d_head": config.mamba.head_dim,
         "mamba_expand": config.mamba.d_inner // config.hidden_size,

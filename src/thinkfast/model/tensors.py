@@ -6,9 +6,22 @@ import torch
 from torch import Tensor
 
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig
+from thinkfast.model.foreign import BAMBA, LLAMBA, MAMBA2, MAMBA_SSM
 from thinkfast.model.layout import HYBRID, LLAMA
 
 MIXERS = {ATTENTION: "self_attn", MAMBA: "mamba"}
+STATE_SPACE = (MAMBA2, MAMBA_SSM, LLAMBA)
+RENAMED = {
+    BAMBA: {
+        "norm.": "final_layernorm.",
+        "mlp.": "feed_forward.",
+        "post_attention_layernorm.": "pre_ff_layernorm.",
+    },
+    MAMBA2: {"embed_tokens.": "embeddings.", "norm.": "norm_f.", "input_layernorm.": "norm."},
+    MAMBA_SSM: {"embed_tokens.": "embedding.", "norm.": "norm_f.", "input_layernorm.": "norm."},
+    LLAMBA: {"embed_tokens.": "embedding.", "norm.": "final_layernorm."},
+}
+"""How other layouts call what this one calls by the names of Llama: beginnings of names, in and outside of layers."""
 FUSED = "shared_mlp.input_linear.weight"
 HYBRID_MLP = {
     "mlp.gate_proj.weight": (FUSED, 0),
@@ -26,15 +39,24 @@ def stock_name(name: str, config: DecoderConfig, layout: str) -> tuple[str, int 
     """The stock name of a decoder's tensor, and which half of that tensor it is (None: all of it)."""
     if name == "lm_head.weight":
         return name, None
+    model = "backbone" if layout in STATE_SPACE else "model"
     if not name.startswith("layers."):
-        return f"model.{name}", None
+        return f"{model}.{_renamed(name, layout)}", None
     _, index, rest = name.split(".", 2)
     half = None
     if rest.startswith("mixer."):
-        rest = rest.replace("mixer", MIXERS[config.layer_types[int(index)]], 1)
+        if layout not in STATE_SPACE:
+            rest = rest.replace("mixer", MIXERS[config.layer_types[int(index)]], 1)
     elif layout == HYBRID and rest in HYBRID_MLP:
         rest, half = HYBRID_MLP[rest]
-    return f"model.layers.{index}.{rest}", half
+    return f"{model}.layers.{index}.{_renamed(rest, layout)}", half
+
+
+def _renamed(name: str, layout: str) -> str:
+    for ours, theirs in RENAMED.get(layout, {}).items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
 
 
 def to_stock(state: dict[str, Tensor], config: DecoderConfig, layout: str) -> dict[str, Tensor]:
