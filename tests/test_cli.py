@@ -36,8 +36,7 @@ def completions(tmp_path: Path) -> Path:
 
 def test_the_commands_are_these() -> None:
     names = {(command.callback.__name__ if command.callback else "") for command in app.registered_commands}
-    assert names == set("demo run convert distill sample grade compare report bench export doctor".split())
-
+    assert names == set("demo run convert distill sample grade compare report bench export doctor"
 
 @pytest.mark.parametrize(
     ("line", "told"),
