@@ -36,7 +36,20 @@ def completions(tmp_path: Path) -> Path:
 
 def test_the_commands_are_these() -> None:
     names = {(command.callback.__name__ if command.callback else "") for command in app.registered_commands}
-    assert names == set("demo run convert distill sample grade compare report bench export doctor"
+    assert names == {
+        "demo",
+        "run",
+        "convert",
+        "distill",
+        "sample",
+        "grade",
+        "compare",
+        "report",
+        "bench",
+        "export",
+        "doctor",
+    }
+
 
 @pytest.mark.parametrize(
     ("line", "told"),
