@@ -86,6 +86,10 @@ def _setting(record: Mapping[str, Any]) -> str:
     return f"{result} ({', '.join(f'{key} {value}' for key, value in settings.items())})" if settings else str(result)
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _measured(source: Path, run: Path) -> str:
     """Figures of RUN/summary.json for this model and, beside them, for its teacher."""
     summary = _read(run / "summary.json")
@@ -98,7 +102,7 @@ def _measured(source: Path, run: Path) -> str:
     lines = [head, "| --- |" + " --- |" * len(shown)]
     for key, words in FIGURES.items():
         if key in models[name]:
-            lines.append(f"| {words} | " + " | ".join(f"{models[other].get(key, 0):,.4g}" for other in shown) + " |")
+            lines.append(f"| {words} | " + " | ".join(_number(models[other].get(key, 0)) for other in shown) + " |")
     return "## Measured\n\n" + "\n".join(lines)
 
 
