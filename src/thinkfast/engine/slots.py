@@ -81,15 +81,15 @@ class SlotTable:
         self, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
     ) -> list[Finished]:
         """Appends the drawn tokens to the slots in `rows`; returns those that end, which become free."""
-        known = np.where(tokens < 0, 0, tokens)
-        broken = tokens < 0
+        count, broken = self.count[rows], tokens < 0
+        known = np.where(broken, 0, tokens)
         ended = self._eos[known] & ~broken
         self.logprob[rows] += np.where(broken, 0.0, logprobs)
-        grown = ~(ended | broken)
-        self.history[rows[grown], self.count[rows[grown]]] = tokens[grown]
-        self.count[rows] += grown
-        self.token[rows], self.position[rows] = known, self.position[rows] + 1
-        full = self.count[rows] >= self.params.max_tokens
+        self.history[rows, count] = known  # means nothing unless the count grows over it
+        count += ~(ended | broken)
+        self.count[rows], self.token[rows] = count, known
+        self.position[rows] += 1
+        full = count >= self.params.max_tokens
         candidates = np.flatnonzero(broken | ended | full | self._stop_last[known])
         finished = []
         for at in candidates:

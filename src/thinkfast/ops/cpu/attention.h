@@ -66,7 +66,7 @@ TF_INLINE void score_blocks(const T* block, int dim, int head_dim, const float* 
 #pragma GCC unroll 8
         for (int b = 0; b < 2 * B; b++) acc[h][b] = splat(0.0f);
     for (int d = 0; d < head_dim; d++) {
-        fetch(after(block + (size_t)16 * B * d, kAhead), 16 * B * sizeof(T));
+        fetch(block + (size_t)16 * B * d + kAhead / sizeof(T), 16 * B * sizeof(T));
         v8 k[2 * B];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) load16(block + (size_t)b * 16 * dim + 16 * d, k[2 * b], k[2 * b + 1]);
@@ -92,7 +92,7 @@ TF_INLINE void weigh(const T* values, int dim, int tokens, const float* weights,
 #pragma GCC unroll 8
         for (int b = 0; b < 2 * B; b++) acc[h][b] = splat(0.0f);
     for (int t = 0; t < tokens; t++) {
-        fetch(after(values + (size_t)t * dim, kAhead), 16 * B * sizeof(T));
+        fetch(values + (size_t)t * dim + kAhead / sizeof(T), 16 * B * sizeof(T));
         v8 v[2 * B];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) load16(values + (size_t)t * dim + 16 * b, v[2 * b], v[2 * b + 1]);

@@ -11,7 +11,7 @@ namespace tf {
 namespace {
 
 #ifndef TF_TILE
-#define TF_TILE 36
+#define TF_TILE 64
 #endif
 constexpr int kTile = TF_TILE;  // rows, an even number
 
@@ -211,7 +211,7 @@ void tf_step(void* handle, int32_t n, const int32_t* slots, const int32_t* token
         for (int i = 0; i < count; i++) rows[i] = {slots[begin + i], tokens[begin + i], positions[begin + i]};
         pool.tile(s, rows, count, true);
         for (int i = 0; i < count; i++) {
-            const float* row = &s.logits[(size_t)i * m.head.n];
+            float* row = &s.logits[(size_t)i * m.head.n];
             int at = begin + i;
             out[at] = tf::draw(row, m.vocab, how, keys[at], (uint64_t)counters[at], s.weights, s.ids, &logprobs[at]);
             if (logits) std::memcpy(logits + (size_t)at * m.vocab, row, sizeof(float) * m.vocab);

@@ -51,8 +51,9 @@ template <int M>
 TF_INLINE void multiply(const float* x, int ldx, const float* w, int k, vec (&acc)[M][2]) {
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = vec{};
+#pragma GCC unroll 2
     for (int i = 0; i < k; i++) {
-        fetch(w + (size_t)(i + k) * kPanel, sizeof(vec) * 2);  // the next panel
+        fetch<2>(w + (size_t)(i + k) * kPanel, sizeof(vec) * 2);  // the next panel; both may be too much for the first level
         vec b0 = load<vec>(w + (size_t)i * kPanel), b1 = load<vec>(w + (size_t)i * kPanel + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < M; r++) {

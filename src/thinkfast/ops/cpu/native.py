@@ -43,6 +43,7 @@ MAMBA_TENSORS = (
     "mlp.down_proj.weight",
 )
 MAX_TAPS = 64
+COLUMNS = tuple(map(np.dtype, (np.int32, np.int32, np.int32, np.uint64, np.int64)))  # of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class NativePool:
         count = len(slots)
         out, logprobs = np.empty(count, np.int32), np.empty(count, np.float64)
         arrays: tuple[NDArray[Any], ...] = (slots, tokens, positions, keys, counters)
-        for array, kind in zip(arrays, ("int32", "int32", "int32", "uint64", "int64"), strict=True):
+        for array, kind in zip(arrays, COLUMNS, strict=True):
             if array.dtype != kind or len(array) != count or not array.flags.c_contiguous:
                 raise ValueError(f"expected {count} contiguous {kind}, got {len(array)} {array.dtype}")
         if logits is not None and (logits.shape != (count, self._model.shape.vocab) or logits.dtype != np.float32):

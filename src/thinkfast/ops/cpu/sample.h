@@ -46,27 +46,34 @@ static inline void filter(const float* logits, int vocab, const Draw& how, std::
 }
 
 // Returns the token and its log-probability under softmax(logits); -1 where the logits hold a NaN or no finite maximum.
-static inline int draw(const float* logits, int vocab, const Draw& how, uint64_t key, uint64_t counter,
+// Writes behind the logits, up to a multiple of 8.
+static inline int draw(float* logits, int vocab, const Draw& how, uint64_t key, uint64_t counter,
                        std::vector<double>& weights, std::vector<int>& ids, double* logprob) {
-    float top = -INFINITY;
-    bool broken = false;
-    for (int i = 0; i < vocab; i++) {
-        broken |= logits[i] != logits[i];
-        top = logits[i] > top ? logits[i] : top;
+    int padded = round_up(vocab, 8);
+    std::fill(logits + vocab, logits + padded, -INFINITY);
+    v8 tops = load(logits);
+    v8i broken = tops != tops;
+    for (int i = 8; i < padded; i += 8) {
+        v8 x = load(logits + i);
+        broken |= x != x;
+        tops = larger(x, tops);
     }
+    float top = largest(tops);
     *logprob = NAN;
-    if (broken || !std::isfinite(top)) return -1;
-    weights.resize(round_up(vocab, 8));
+    bool bad = !std::isfinite(top);
+    for (int i = 0; i < 8; i++) bad |= broken[i] != 0;
+    if (bad) return -1;
+    weights.resize(padded);
+    // A place behind the end adds at most 1e-304, far below the rounding of a sum that holds a one.
     auto exponentials = [&](double inverse) {
-        for (int i = 0; i < vocab; i += 4) {
-            v4d x;
-            for (int j = 0; j < 4; j++) x[j] = i + j < vocab ? ((double)logits[i + j] - (double)top) * inverse : -1000.0;
-            v4d e = exp_negative(x);
-            std::memcpy(&weights[i], &e, sizeof e);
+        v4d total = splat(0.0);
+        for (int i = 0; i < padded; i += 4) {
+            v4d x = __builtin_convertvector(load<v4>(logits + i), v4d);
+            x = exp_negative((x - splat((double)top)) * splat(inverse));
+            std::memcpy(&weights[i], &x, sizeof x);
+            total += x;
         }
-        double total = 0.0;
-        for (int i = 0; i < vocab; i++) total += weights[i];
-        return total;
+        return (total[0] + total[1]) + (total[2] + total[3]);
     };
     double normaliser = exponentials(1.0);
     int chosen = 0;

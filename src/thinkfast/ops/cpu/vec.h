@@ -15,18 +15,19 @@ typedef v8 vec;
 #endif
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef uint32_t v8w __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
 typedef double v4d __attribute__((vector_size(32)));
 typedef int64_t v4l __attribute__((vector_size(32)));
 typedef uint32_t v8w_any __attribute__((vector_size(32), aligned(2), may_alias));
 
 #define TF_INLINE static inline __attribute__((always_inline))
 
-// Asks for the cache lines of `bytes` bytes from p on; p may lie outside of what is allocated.
+// Asks for the cache lines of `bytes` bytes from p on, which may lie outside of what is allocated. Locality 3 brings them
+// into the first level of cache, 2 into the second.
+template <int Locality = 3>
 TF_INLINE void fetch(const void* p, size_t bytes) {
-    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line, 0, Locality);
 }
-
-TF_INLINE const void* after(const void* p, size_t bytes) { return static_cast<const char*>(p) + bytes; }
 
 constexpr int kLanes = sizeof(vec) / sizeof(float);
 constexpr int kSpare = 16;  // floats that loops over whole vectors may touch behind the end of a row
@@ -50,8 +51,7 @@ TF_INLINE V splat(float x) {
 
 TF_INLINE v4d splat(double x) { return v4d{x, x, x, x}; }
 
-TF_INLINE v8 choose(v8i mask, v8 a, v8 b) { return (v8)((mask & (v8i)a) | (~mask & (v8i)b)); }
-TF_INLINE v8 larger(v8 a, v8 b) { return choose(a > b, a, b); }
+TF_INLINE v8 larger(v8 a, v8 b) { return a > b ? a : b; }
 
 TF_INLINE float sum(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
@@ -94,8 +94,7 @@ TF_INLINE V silu(V x) {
 
 // exp(x) for x <= 0 in double precision, about 1 ulp (rational form of the Cephes library); 1e-304 below -700.
 TF_INLINE v4d exp_negative(v4d x) {
-    v4l low = x < splat(-700.0);
-    x = (v4d)((low & (v4l)splat(-700.0)) | (~low & (v4l)x));
+    x = x < splat(-700.0) ? splat(-700.0) : x;
     const v4d round = splat(6755399441055744.0);
     v4d shifted = x * splat(1.4426950408889634) + round;
     v4d n = shifted - round;
