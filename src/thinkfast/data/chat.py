@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import jinja2
@@ -24,11 +25,17 @@ def _refuse(message: str) -> None:
 
 def render_prompt(tokenizer: Tokenizer, problem: str) -> list[int]:
     """Token ids of one user turn, ready to be answered: the tokenizer's chat template, or plain text and a line end."""
+    return render_messages(tokenizer, [{"role": "user", "content": problem}])
+
+
+def render_messages(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation (`role`, `content`), ready to be answered. Without a template, a turn a line."""
     if tokenizer.chat_template is None:
-        return tokenizer.encode(f"{tokenizer.bos_token}{problem}\n")
+        lines = "".join(f"{message['content']}\n" for message in messages)
+        return tokenizer.encode(f"{tokenizer.bos_token}{lines}")
     try:
         text = _compiled(tokenizer.chat_template).render(
-            messages=[{"role": "user", "content": problem}],
+            messages=messages,
             add_generation_prompt=True,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
