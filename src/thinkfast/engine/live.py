@@ -229,8 +229,8 @@ class LiveEngine:
             if ticket.deadline <= started:
                 self.close_ticket(ticket, DEADLINE)
             elif not ticket.running and not ticket.unstarted(started, self._pace):
-                done = ticket.next >= ticket.request.n and not ticket.again
-                self.close_ticket(ticket, COMPLETE if done else DEADLINE)
+                every = ticket.next >= ticket.request.n and not ticket.again
+                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
         self._admit()
         rows = np.flatnonzero(self._table.active).astype(np.int32)
         if not len(rows):

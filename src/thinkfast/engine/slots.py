@@ -123,8 +123,8 @@ class SlotTable:
         ended = self._eos[known] & ~broken & ~self._runs_on[rows]
         self.logprob[rows] += np.where(broken, 0.0, logprobs)
         grown = ~(ended | broken)
-        at = rows[grown], self.count[rows[grown]]
-        self.history[at], self.history_logprob[at] = tokens[grown], logprobs[grown]
+        place = rows[grown], self.count[rows[grown]]
+        self.history[place], self.history_logprob[place] = tokens[grown], logprobs[grown]
         self.count[rows] += grown
         self.token[rows], self.position[rows] = known, self.position[rows] + 1
         full = self.count[rows] >= self._limit[rows]

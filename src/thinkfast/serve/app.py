@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,20 +276,20 @@ async def _answer(desk: Desk, asked: Asked, request: Request, chat: bool) -> Res
     deadline = job.plan.deadline if job.plan is not None else job.request.deadline if job.request is not None else 0.0
     desk.open[place] = deadline
 
-    async def events() -> AsyncIterator[Any]:
+    async def events() -> AsyncGenerator[Any, None]:
         try:
             if job.plan is not None:
-                drawn: AsyncIterator[Any] = vote(served, job.plan, desk.grader)
+                drawn: AsyncGenerator[Any, None] = vote(served, job.plan, desk.grader)
             else:
                 assert job.request is not None
                 drawn = complete(served, job.request, asked.stops)
-            async with aclosing(drawn) as source:  # type: ignore[type-var]
+            async with aclosing(drawn) as source:
                 async for event in source:
                     job.note(event)
                     yield event
             if job.plan is not None:
                 desk.meter.late.observe(max(0.0, time.monotonic() - deadline))
-                desk.meter.stopped.labels(job.facts.get("stopped", "")).inc()
+                desk.meter.votes.labels(job.facts.get("stopped", "")).inc()
         finally:
             desk.meter.samples.labels(served.name).inc(job.samples)
             del desk.open[place]
@@ -302,13 +302,13 @@ async def _answer(desk: Desk, asked: Asked, request: Request, chat: bool) -> Res
     return Response(status_code=499) if document is None else JSONResponse(document)
 
 
-async def _collect(writer: shapes.Writer, events: AsyncIterator[Any]) -> dict[str, Any]:
+async def _collect(writer: shapes.Writer, events: AsyncGenerator[Any, None]) -> dict[str, Any]:
     found = [event async for event in events]
     return writer.whole(found)
 
 
-async def _lines(writer: shapes.Writer, events: AsyncIterator[Any]) -> AsyncIterator[str]:
-    async with aclosing(events) as source:  # type: ignore[type-var]
+async def _lines(writer: shapes.Writer, events: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:
+    async with aclosing(events) as source:
         try:
             async for event in source:
                 for chunk in writer.chunks(event):

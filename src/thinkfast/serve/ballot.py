@@ -134,7 +134,8 @@ class Ballot:
         """
         if len(self.chains) < self.least or self.strategy in ("best_of_n", "weighted") or self.unplaced:
             return False
-        first, second = (sorted((int(v) for v in self.totals().values()), reverse=True) + [0, 0])[:2]
+        counts = sorted((int(votes) for votes in self.totals().values()), reverse=True)
+        first, second = [*counts, 0, 0][:2]
         if first - second > self.limit - len(self.chains):
             return True
         return self.strategy == "adaptive" and first > 0 and sure(first, second) >= SURE
@@ -167,7 +168,7 @@ class Ballot:
 def sure(first: int, second: int) -> float:
     """P(p > 1/2) for p ~ Beta(first + 1, second + 1): the tail of a binomial with first + second + 1 fair throws."""
     throws = first + second + 1
-    return sum(math.comb(throws, heads) for heads in range(first + 1)) / 2**throws
+    return float(sum(math.comb(throws, heads) for heads in range(first + 1)) / 2**throws)
 
 
 def find_equal(grader: Grader, representatives: Sequence[str], answer: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to spend a budget. started, deadline: `time.monotonic()`; n: chains at most; scorer: None, or a reward model."""
+    """How to spend a budget. started, deadline: `time.monotonic()`. n: chains at most. scorer: a reward model."""
 
     problem: str
     prompt: tuple[int, ...]
@@ -89,7 +89,7 @@ class EngineClosed(Exception):
     """The engine takes no more requests, or broke while it served this one."""
 
 
-async def vote(served: Served, plan: Plan, grader: Grader) -> AsyncIterator[Chain | Outcome]:
+async def vote(served: Served, plan: Plan, grader: Grader) -> AsyncGenerator[Chain | Outcome, None]:
     """Yields chains as they end and, by the deadline, the outcome. Closing the iterator gives the slots back.
 
     A little of the budget, 10 % and at most 50 ms, is kept back for the last answers and for what the caller does.
@@ -128,8 +128,8 @@ async def vote(served: Served, plan: Plan, grader: Grader) -> AsyncIterator[Chai
         side.cancel()
 
 
-async def complete(served: Served, request: Request, stops: Sequence[str]) -> AsyncIterator[Delta]:
-    """Yields what `n` choices say as they say it; every choice ends with a delta that has a reason, "stop" or "length"."""
+async def complete(served: Served, request: Request, stops: Sequence[str]) -> AsyncGenerator[Delta, None]:
+    """Yields what `n` choices say as they say it; each ends with a delta that has a reason, "stop" or "length"."""
     cancel, inbox, end = submit(served, request)
     streams = {index: TextStream(served.tokenizer, stops) for index in range(request.n)}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 class EventStream(Response):
     """Sends lines as they come; closes their source as soon as the client is gone."""
 
-    def __init__(self, lines: AsyncIterator[str]) -> None:
+    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
@@ -36,7 +36,7 @@ class EventStream(Response):
             await _drop(writing, leaving)
 
     async def _write(self, send: Send) -> None:
-        async with aclosing(self._lines) as lines:  # type: ignore[type-var]
+        async with aclosing(self._lines) as lines:
             async for line in lines:
                 await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -72,11 +72,8 @@ def read_texts(problem: str | None, path: Path | None) -> list[str]:
         raise BadInput("a problem and --problems are both given, expected one of them")
     if path is not None:
         return [_row_problem(path, number, line) for number, line in _lines(path)]
-    if problem is not None and problem != "-":
-        texts = [problem]
-    else:
-        texts = [line.strip() for line in sys.stdin]
-    texts = [text for text in texts if text.strip()]
+    given = [problem] if problem not in (None, "-") else [line.strip() for line in sys.stdin]
+    texts = [text for text in given if text is not None and text.strip()]
     if not texts:
         raise BadInput("no problem given: expected one as an argument, in --problems FILE, or a line each on stdin")
     return texts

@@ -10,7 +10,7 @@ HALF = "\ufffd"
 
 
 class TextStream:
-    """Decodes one sample piece by piece. `stopped` is set once one of `stops` has appeared; it is not part of the text."""
+    """Decodes a sample piece by piece. `stopped` is set once one of `stops` appears; the text ends before it."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
