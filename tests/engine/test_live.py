@@ -23,7 +23,8 @@ def open_engine(make_model: Callable[..., Decoder]) -> Iterator[Open]:
     opened: list[LiveEngine] = []
 
     def make(name: str = "hybrid", slots: int = 4, backend: str = "auto", capacity: int = 256) -> LiveEngine:
-        opened.append(LiveEngine(Engine(make_model(name), slots, backend, "float32"), capacity))
+        model = make_model(name, max_position_embeddings=capacity)
+        opened.append(LiveEngine(Engine(model, slots, backend, "float32"), capacity))
         return opened[-1]
 
     yield make
@@ -108,8 +109,9 @@ def test_deadlines_hand_over_what_there_is(open_engine: Open) -> None:
     assert reason == "deadline"
     assert 0.39 < took < 3.0
     ends = [event.sample.finish_reason for event in events if isinstance(event, Drawn)]
-    assert 0 < ends.count("deadline") <= 2
+    assert ends.count("deadline") <= 2
     assert set(ends) <= {"deadline", "length"}
+    assert ends.count("length") > 0
     assert live.requests == live.running == 0
 
 
@@ -191,16 +193,20 @@ def test_cancelling_and_ending_free_slots_within_a_step(open_engine: Open) -> No
 
 
 def test_handing_back_and_closing(open_engine: Open) -> None:
-    live = open_engine("pure", 2)
+    live = open_engine("pure", 2, capacity=50_000)
     caller = Caller()
-    live.submit(Request((1,), LONG, 100000), caller.inbox.put)
+    endless = SamplingParams(max_tokens=49_000, ignore_eos=True)
+    live.submit(Request((1,), endless, 100000, watch=True), caller.inbox.put)
+    assert isinstance(caller.inbox.get(timeout=30), Piece)
     live.hand_back(time.monotonic() + 0.2)
     with pytest.raises(RuntimeError, match="the engine is closed"):
         live.submit(Request((1,), LONG, 1), caller.inbox.put)
     events, reason = caller.wait()
     assert reason == "deadline"
-    assert samples(events)
+    assert [e.sample.finish_reason for e in events if isinstance(e, Drawn)] == ["deadline", "deadline"]
+    assert all(0 < len(tokens) < 49_000 for tokens in samples(events).values())
     live = open_engine("pure", 2)
+    caller = Caller()
     live.submit(Request((1,), LONG, 100000), caller.inbox.put)
     live.close()
     assert caller.wait()[1] == "closed"
@@ -237,11 +243,12 @@ def test_what_cannot_be_served_is_refused(open_engine: Open, request_: Request, 
         live.submit(request_, lambda event: None)
 
 
-def test_capacity_bounds_prompt_and_answer(open_engine: Open) -> None:
-    live = open_engine("pure", 2, capacity=64)
+def test_capacity_bounds_prompt_and_answer(make_model: Callable[..., Decoder]) -> None:
+    live = LiveEngine(Engine(make_model("pure"), 2), 64)
     assert live.capacity == 64
-    with pytest.raises(BadInput, match="more than the engine's capacity of 64"):
+    with pytest.raises(BadInput, match="65 tokens, more than the engine's capacity of 64"):
         live.submit(Request((1,), SamplingParams(max_tokens=64), 1), lambda event: None)
+    live.close()
 
 
 def test_memory_stays_flat_over_many_requests(open_engine: Open) -> None:

@@ -32,9 +32,10 @@ def write_talker(directory: Path, stay: float, right: float = 0.7) -> Path:
     """
     save_word_tokenizer(directory / "words")
     words = load_tokenizer(directory / "words")
+    width = 2 * math.ceil(words.vocab_size / 2)
     config = DecoderConfig(
         vocab_size=words.vocab_size,
-        hidden_size=words.vocab_size,
+        hidden_size=width,
         intermediate_size=8,
         num_heads=2,
         num_kv_heads=1,
@@ -60,8 +61,8 @@ def write_talker(directory: Path, stay: float, right: float = 0.7) -> Path:
         for name, value in model.named_parameters():
             if "norm" not in name:
                 value.zero_()
-        model.embed_tokens.weight.copy_(torch.eye(words.vocab_size))
-        model.head_weight.copy_(chance / math.sqrt(words.vocab_size))
+        model.embed_tokens.weight.copy_(torch.eye(words.vocab_size, width))
+        model.head_weight[:, : words.vocab_size] = chance / math.sqrt(width)
     save_model(model, directory / "model", tokenizer_from=directory / "words")
     return directory / "model"
 

@@ -41,7 +41,9 @@ def test_the_parts_are_the_text(text: str, seed: int) -> None:
     assert stream.tokens == len(text.encode())
 
 
-@given(st.text("abcé€", max_size=25), st.lists(st.text("abcé€", min_size=1, max_size=4), max_size=3), st.integers(0, 99))
+@given(
+    st.text("abcé€", max_size=25), st.lists(st.text("abcé€", min_size=1, max_size=4), max_size=3), st.integers(0, 99)
+)
 def test_nothing_of_a_stop_string_is_ever_told(text: str, stops: list[str], seed: int) -> None:
     parts, stream = pushed(text, stops, seed)
     want, stopped = cut_at_stop(text, stops)
@@ -53,7 +55,12 @@ def test_nothing_of_a_stop_string_is_ever_told(text: str, stops: list[str], seed
 
 @pytest.mark.parametrize(
     ("text", "stops", "want"),
-    [("abc", (), ("abc", False)), ("abcb", ("b",), ("a", True)), ("abc", ("c", "b"), ("a", True)), ("", ("a",), ("", False))],
+    [
+        ("abc", (), ("abc", False)),
+        ("abcb", ("b",), ("a", True)),
+        ("abc", ("c", "b"), ("a", True)),
+        ("", ("a",), ("", False)),
+    ],
 )
 def test_cutting(text: str, stops: tuple[str, ...], want: tuple[str, bool]) -> None:
     assert cut_at_stop(text, stops) == want

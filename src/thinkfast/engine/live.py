@@ -1,7 +1,7 @@
 """A thread that decodes for many requests at once: they share its slots by deadline, and come and go at any step.
 
-A request below its fair share of the slots (slots / requests) is served before those above it, the earliest deadline
-first; what is left over goes to whoever has least. A newcomer that finds no slot free takes its share from those above
+A request below its fair share of the slots (slots / requests) is served before those above it: first those that have
+had none yet, by deadline, then whoever has waited longest. What is left over goes to whoever has least. A newcomer that finds no slot free takes its share from those above
 theirs: their youngest samples start anew later, with the same tokens. A sample's tokens depend on the seed, its prompt
 and its index alone, as in `Engine.stream`.
 """
@@ -22,6 +22,7 @@ from thinkfast.engine.backends import Kept
 from thinkfast.engine.engine import PREFILL_AHEAD, Engine
 from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, prompt_key, sample_key
 from thinkfast.engine.slots import SlotTable
+from thinkfast.errors import BadInput
 
 FLUSH_SECONDS = 0.025
 PACE = 0.05  # weight of the newest step in the mean time of a step
@@ -93,6 +94,7 @@ class Ticket:
         self.again: list[int] = []
         self.next = 0
         self.shortest = math.inf
+        self.served = 0.0
 
     def cancel(self) -> None:
         """Ends the request within a step; its running samples are dropped."""
@@ -153,6 +155,11 @@ class LiveEngine:
         if self._refusing:
             raise RuntimeError(f"the engine is closed: {self.broken or 'closed'}")
         self.engine.check([request.prompt], request.n, request.params)
+        asked = len(request.prompt) + request.params.max_tokens
+        if asked > self.capacity:
+            raise BadInput(
+                f"prompt and max_tokens are {asked} tokens, more than the engine's capacity of {self.capacity}"
+            )
         ticket = Ticket(self, request, listener)
         self.command(lambda: self._live.append(ticket))
         return ticket
@@ -303,6 +310,7 @@ class LiveEngine:
         self._memory.fork(ticket.kept, slot)
         key = sample_key(ticket.key, index)
         self._table.admit(slot, (0, index), prompt[-1], len(prompt) - 1, key, now, ticket.request.params)
+        ticket.served = now
         self._owner[slot], ticket.running[index], ticket.sent[index] = ticket, slot, 0
         if ticket.request.alternatives:
             ticket.likely[index] = []
@@ -354,4 +362,6 @@ class LiveEngine:
 def _turn_of(ticket: Ticket, share: int) -> tuple[int, float, float]:
     """Who is served first has the smallest."""
     held = len(ticket.running)
-    return (0, ticket.deadline, held) if held < share else (1, held, ticket.deadline)
+    if held >= share:
+        return 2, held, ticket.deadline
+    return (0, ticket.deadline, 0.0) if ticket.next == 0 else (1, ticket.served, 0.0)

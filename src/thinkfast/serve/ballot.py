@@ -48,7 +48,7 @@ class Outcome:
 
     answer: None where no chain gave one. confidence: its share of the votes (`weighted`: of the scores). votes: a row a
     class of equal answers, the most votes first. samples: chains that ended. stopped: "decided", "samples" (all that
-    were asked for), "deadline" or "closed". chain: the one shown for the answer.
+    were asked for), "deadline" or "closed". chain: the best scored one with the answer, or without one if none has any.
     """
 
     answer: str | None
@@ -104,10 +104,8 @@ class Ballot:
             return
         key = _key(chain.answer)
         self._home[key] = chain.answer
-        if isinstance(key, Fraction) and all(isinstance(_key(other), Fraction) for other in self.representatives):
-            self.representatives.append(chain.answer)
-        else:
-            self.unplaced.append(chain.answer)
+        alone = all(isinstance(other, Fraction) for other in self._home)
+        (self.representatives if alone else self.unplaced).append(chain.answer)
 
     def place(self, answer: str, equal: str | None) -> None:
         """Puts an unplaced answer into the class of `equal`, or into one of its own."""
@@ -147,7 +145,8 @@ class Ballot:
         totals, weights = vote_totals(answers), vote_totals(answers, scores)
         by_score = self.strategy in ("best_of_n", "weighted")
         winner = best_of_n(answers, scores, self.strategy == "weighted") if by_score else majority_vote(answers)
-        voting = [(chain.score, -chain.index, chain) for chain in self.chains if self.home(chain.answer) == winner]
+        ended = [chain for chain in self.chains if chain.finish_reason == STOP]
+        voting = [(chain.score, -chain.index, chain) for chain in ended if self.home(chain.answer) == winner]
         shares = weights if self.strategy == "weighted" and min(weights.values(), default=0) >= 0 else totals
         whole = sum(shares.values())
         return Outcome(
