@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench load clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -26,6 +26,9 @@ bench: $(VENV)/.demo-installed  ## tokens per second of teacher, hybrid and pure
 	$(BIN)/thinkfast convert bundled runs/bench/pure >/dev/null
 	$(BIN)/thinkfast convert bundled runs/bench/hybrid --attention 1 >/dev/null
 	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --out benchmarks/results/decode.json
+
+load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, memory, throughput
+	$(BIN)/python benchmarks/serve_load.py bundled --out benchmarks/results/serve-load.json
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

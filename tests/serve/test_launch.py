@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from thinkfast.errors import BadInput
@@ -73,7 +73,7 @@ def test_only_this_machine_without_keys() -> None:
         try:
             bind(host, 0, guarded=False).close()
         except BadInput as error:
-            assert "cannot be bound" in str(error), "a machine without IPv6"
+            assert host == "::1", error  # noqa: PT017 - a machine without IPv6 cannot
     bind("0.0.0.0", 0, guarded=True).close()
     for host in ("0.0.0.0", "::", "192.0.2.1"):
         with pytest.raises(BadInput, match="can be reached from other machines: expected --keys FILE"):

@@ -2,7 +2,7 @@ import random
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -33,6 +33,7 @@ def pushed(text: str, stops: list[str], seed: int) -> tuple[list[str], TextStrea
     return parts, stream
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40), st.integers(0, 99))
 def test_the_parts_are_the_text(text: str, seed: int) -> None:
     parts, stream = pushed(text, [], seed)
@@ -41,6 +42,7 @@ def test_the_parts_are_the_text(text: str, seed: int) -> None:
     assert stream.tokens == len(text.encode())
 
 
+@settings(deadline=None)
 @given(
     st.text("abcé€", max_size=25), st.lists(st.text("abcé€", min_size=1, max_size=4), max_size=3), st.integers(0, 99)
 )

@@ -1,9 +1,9 @@
 """A thread that decodes for many requests at once: they share its slots by deadline, and come and go at any step.
 
 A request below its fair share of the slots (slots / requests) is served before those above it: first those that have
-had none yet, by deadline, then whoever has waited longest. What is left over goes to whoever has least. A newcomer that finds no slot free takes its share from those above
-theirs: their youngest samples start anew later, with the same tokens. A sample's tokens depend on the seed, its prompt
-and its index alone, as in `Engine.stream`.
+had none yet, by deadline, then whoever has waited longest. What is left over goes to whoever has least. A newcomer that
+finds no slot free takes its share from those above theirs: their youngest samples start anew later, with the same
+tokens. A sample's tokens depend on the seed, its prompt and its index alone, as in `Engine.stream`.
 """
 
 from __future__ import annotations

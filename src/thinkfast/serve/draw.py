@@ -14,7 +14,7 @@ from thinkfast.engine.engine import Engine
 from thinkfast.engine.live import CLOSED, COMPLETE, Closed, Drawn, Event, LiveEngine, Piece, Request
 from thinkfast.engine.sampling import DEADLINE, ERROR, STOP, SamplingParams
 from thinkfast.errors import BadInput
-from thinkfast.model.checkpoint import load_model
+from thinkfast.model.checkpoint import load_model, read_config
 from thinkfast.scale.grade import Grader
 from thinkfast.serve.ballot import Ballot, Chain, Outcome, find_equal, parse_chain
 from thinkfast.serve.text import TextStream, cut_at_stop
@@ -64,6 +64,7 @@ class Delta:
 
 def open_model(directory: Path, slots: int, capacity: int, name: str | None = None) -> Served:
     """Loads a model directory and starts its engine. Raises BadInput for a directory that is no model."""
+    read_config(directory)
     tokenizer = load_tokenizer(directory)
     engine = Engine(load_model(directory), slots)
     return Served(name or directory.resolve().name, tokenizer, LiveEngine(engine, capacity))

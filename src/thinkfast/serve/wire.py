@@ -133,8 +133,8 @@ class Refused(Exception):
 
 def refuse_body(errors: Sequence[Any], fields: Sequence[str]) -> Refused:
     """The first thing that is wrong with a body: the field, what was expected and what was found."""
-    # Of a union's alternatives, the one that got furthest tells most.
-    error = max(errors, key=lambda e: (len(e["loc"]), -errors.index(e)))
+    # Of a union's alternatives, the one that got furthest tells most, and a wrong type least.
+    error = max(errors, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type"), -errors.index(e)))
     place = [str(part) for part in error["loc"] if part != "body"]
     place = [part for part in place if part.isdigit() or (part.isidentifier() and part not in ("str", "list", "int"))]
     if error["type"] == "json_invalid":
