@@ -5,7 +5,7 @@ COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench compat llama harness clean
+.PHONY: help demo test lint types bench compat llama harness load clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -44,6 +44,9 @@ harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on t
 	.venv-harness/bin/python -m pip install -q "$(TORCH)"
 	.venv-harness/bin/python -m pip install -q -e ".[dev,eval]"
 	.venv-harness/bin/pytest -m harness tests/test_harness.py
+
+load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, memory, throughput
+	$(BIN)/python benchmarks/serve_load.py bundled --out benchmarks/results/serve-load.json
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) .venv-compat .venv-harness build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

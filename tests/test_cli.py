@@ -47,6 +47,8 @@ def test_the_commands_are_these() -> None:
         "report",
         "bench",
         "export",
+        "solve",
+        "serve",
         "doctor",
     }
 

@@ -12,6 +12,7 @@ FLOORS = {
     "cli": 7,
     "pipeline": 6,
     "report": 5,
+    "serve": 5,
     "results": 5,
     "doctor": 5,
     "harness": 5,

@@ -220,6 +220,54 @@ def export(
 
 
 @app.command()
+def solve(
+    model: Model,
+    problem: Annotated[
+        str | None, typer.Argument(help="A problem; by default, or with -, a line each on stdin.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Time for each problem, e.g. 5s or 500ms.")] = "5s",
+    problems: Annotated[Path | None, typer.Option(help="JSONL rows with problem, or a .txt of lines.")] = None,
+    strategy: Annotated[str, typer.Option(help="majority, adaptive, best_of_n or weighted.")] = "majority",
+    n: Annotated[int, typer.Option(min=1, help="Chains of thought a problem, at most.")] = 256,
+    temperature: float = 0.8,
+    slots: Annotated[int, typer.Option(help="Chains decoded at once.")] = 64,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Answer within a budget: draw as many chains of thought as fit, and vote."""
+    from thinkfast import stages
+    from thinkfast.serve import terminal
+
+    settings = terminal.settings(budget, strategy, n, temperature, slots, seed)
+    texts = terminal.read_texts(problem, problems)
+    found = terminal.solve_texts(stages.teacher_directory(str(model)), texts, settings)
+    _finish(found[0] if problem not in (None, "-") else found, json_)
+
+
+@app.command()
+def serve(
+    models: Annotated[list[Path], typer.Argument(help="Model directories, or 'bundled'.")],
+    host: Annotated[str, typer.Option(help="Address to bind; one that others can reach needs --keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port, 0 for any.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="TOML with [[key]] name, sha256, requests_per_minute.")] = None,
+    slots: Annotated[int, typer.Option(help="Chains decoded at once by each model.")] = 64,
+    queue: Annotated[int, typer.Option(min=1, help="Open requests; beyond them 429.")] = 128,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 4096,
+    max_n: Annotated[int, typer.Option(min=1, help="Choices of a request.")] = 64,
+    max_budget: Annotated[str, typer.Option(help="Longest time of a request.")] = "60s",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+) -> None:
+    """Serve models in OpenAI's protocol, with time budgets, and a page at /."""
+    from thinkfast import stages
+    from thinkfast.serve import launch
+
+    limits = launch.limits(max_prompt, max_tokens, max_n, max_budget, queue)
+    directories = [stages.teacher_directory(str(model)) for model in models]
+    launch.serve_models(directories, host, port, slots, limits, keys, log_prompts)
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """Tell what this machine has and what it lacks; status 1 when something is missing."""
     from thinkfast.doctor import examine

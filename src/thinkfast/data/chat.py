@@ -25,9 +25,15 @@ def _refuse(message: str) -> None:
 
 def render_prompt(tokenizer: Tokenizer, problem: str) -> list[int]:
     """Token ids of one user turn, ready to be answered: the tokenizer's chat template, or plain text and a line end."""
+    return render_messages(tokenizer, [{"role": "user", "content": problem}])
+
+
+def render_messages(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation (`role`, `content`), ready to be answered. Without a template, a turn a line."""
     if tokenizer.chat_template is None:
-        return tokenizer.encode(f"{tokenizer.bos_token}{problem}\n")
-    return tokenizer.encode(render_chat(tokenizer, [{"role": "user", "content": problem}]))
+        lines = "".join(f"{message['content']}\n" for message in messages)
+        return tokenizer.encode(f"{tokenizer.bos_token}{lines}")
+    return tokenizer.encode(render_chat(tokenizer, messages))
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:

@@ -122,9 +122,16 @@ class NativeMemory:
         self._pool.load(slot, kept.length, kept.state)
 
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
-        params = table.params
-        columns = (table.token[rows], table.position[rows], table.key[rows], table.count[rows])
-        return self._pool.step(rows, *columns, params.temperature, params.top_k, params.top_p, logits)
+        tokens, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)
+        for params, at in table.groups(rows):
+            part = rows[at]
+            columns = (table.token[part], table.position[part], table.key[part], table.count[part])
+            room = None if logits is None else np.empty((len(part), logits.shape[1]), np.float32)
+            how = (params.temperature, params.top_k, params.top_p)
+            tokens[at], logprobs[at] = self._pool.step(part, *columns, *how, room)
+            if logits is not None:
+                logits[at] = room
+        return tokens, logprobs
 
 
 class TorchBackend:
@@ -183,7 +190,10 @@ class TorchMemory:
         out = self.model(tokens[:, None], self._cache)[:, 0].float().cpu().numpy()[rows]
         if logits is not None:
             logits[:] = out
-        return draw(out, table.key[rows], table.count[rows], table.params)
+        drawn, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)
+        for params, at in table.groups(rows):
+            drawn[at], logprobs[at] = draw(out[at], table.key[rows[at]], table.count[rows[at]], params)
+        return drawn, logprobs
 
 
 def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto") -> Backend:

@@ -76,10 +76,15 @@ class Engine:
         max_tokens, or n < 1.
         """
         held = [tuple(int(token) for token in prompt) for prompt in prompts]
-        self._check(held, n, params)
+        self.check(held, n, params)
         return self._run(held, Rounds(len(held), n, skip), params, deadline, clock_start)
 
-    def _check(self, prompts: list[tuple[int, ...]], n: int, params: SamplingParams) -> None:
+    def open_memory(self, capacity: int) -> Memory:
+        """Memory of its own for `slots` sequences of at most `capacity` tokens. Raises MemoryError."""
+        return self._backend.memory(self.slots, capacity)
+
+    def check(self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams) -> None:
+        """Raises BadInput as `stream` does."""
         if n < 1:
             raise BadInput(f"n is {n}, expected 1 or more")
         vocab, limit = self.config.vocab_size, self.config.max_position_embeddings

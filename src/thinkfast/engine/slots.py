@@ -51,10 +51,16 @@ class Finished:
 
 
 class SlotTable:
-    """The running samples. Row i of every column belongs to slot i; only slots in `active` mean anything."""
+    """The running samples. Row i of every column belongs to slot i; only slots in `active` mean anything.
 
-    def __init__(self, slots: int, params: SamplingParams, vocab: int, eos: tuple[int, ...]) -> None:
-        self.params = params
+    Every slot has sampling parameters of its own: `params` where `admit` is given no others. A sample draws at most
+    `room` tokens, by default max_tokens of `params`.
+    """
+
+    def __init__(
+        self, slots: int, params: SamplingParams, vocab: int, eos: tuple[int, ...], room: int | None = None
+    ) -> None:
+        self.params = [params] * slots
         self.pair: list[tuple[int, int]] = [(-1, -1)] * slots
         self.active = np.zeros(slots, bool)
         self.token = np.zeros(slots, np.int32)
@@ -63,19 +69,50 @@ class SlotTable:
         self.count = np.zeros(slots, np.int64)
         self.logprob = np.zeros(slots, np.float64)
         self.started = np.zeros(slots, np.float64)
-        self.history = np.zeros((slots, params.max_tokens), np.int32)
+        width = params.max_tokens if room is None else room
+        self.history = np.zeros((slots, width), np.int32)
+        self.history_logprob = np.zeros((slots, width), np.float64)
         self._eos = np.zeros(vocab, bool)
-        if not params.ignore_eos:
-            self._eos[[token for token in eos if 0 <= token < vocab]] = True
-        self._stops = [np.asarray(sequence, np.int32) for sequence in params.stop]
+        self._eos[[token for token in eos if 0 <= token < vocab]] = True
         self._stop_last = np.zeros(vocab, bool)
-        self._stop_last[[sequence[-1] for sequence in params.stop if 0 <= sequence[-1] < vocab]] = True
+        self._limit = np.zeros(slots, np.int64)
+        self._runs_on = np.zeros(slots, bool)
+        self._how = np.zeros((slots, 3), np.float64)  # temperature, top_k, top_p
+        for slot in range(slots):
+            self._set(slot, params)
 
-    def admit(self, slot: int, pair: tuple[int, int], token: int, position: int, key: int, now: float) -> None:
+    def _set(self, slot: int, params: SamplingParams) -> None:
+        self.params[slot] = params
+        self._limit[slot] = min(params.max_tokens, self.history.shape[1])
+        self._runs_on[slot] = params.ignore_eos
+        self._how[slot] = params.temperature, params.top_k, params.top_p
+        # Stays marked when the sample is gone: a mark only makes `advance` look closer.
+        self._stop_last[[stop[-1] for stop in params.stop if 0 <= stop[-1] < len(self._stop_last)]] = True
+
+    def admit(
+        self,
+        slot: int,
+        pair: tuple[int, int],
+        token: int,
+        position: int,
+        key: int,
+        now: float,
+        params: SamplingParams | None = None,
+    ) -> None:
         """Starts a sample whose next input is `token` at `position`."""
+        if params is not None and params is not self.params[slot]:
+            self._set(slot, params)
         self.pair[slot], self.active[slot] = pair, True
         self.token[slot], self.position[slot], self.key[slot] = token, position, key
         self.count[slot], self.logprob[slot], self.started[slot] = 0, 0.0, now
+
+    def groups(self, rows: NDArray[np.int32]) -> list[tuple[SamplingParams, NDArray[np.intp] | slice]]:
+        """The places in `rows` whose tokens are drawn in one way (temperature, top_k, top_p), for every such way."""
+        how = self._how[rows]
+        if not len(rows) or (how == how[0]).all():
+            return [(self.params[rows[0]], slice(None))] if len(rows) else []
+        _, first, group = np.unique(how, axis=0, return_index=True, return_inverse=True)
+        return [(self.params[rows[at]], np.flatnonzero(group == index)) for index, at in enumerate(first)]
 
     def advance(
         self, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
@@ -83,13 +120,14 @@ class SlotTable:
         """Appends the drawn tokens to the slots in `rows`; returns those that end, which become free."""
         count, broken = self.count[rows], tokens < 0
         known = np.where(broken, 0, tokens)
-        ended = self._eos[known] & ~broken
+        ended = self._eos[known] & ~broken & ~self._runs_on[rows]
         self.logprob[rows] += np.where(broken, 0.0, logprobs)
         self.history[rows, count] = known  # means nothing unless the count grows over it
+        self.history_logprob[rows, count] = logprobs
         count += ~(ended | broken)
         self.count[rows], self.token[rows] = count, known
         self.position[rows] += 1
-        full = count >= self.params.max_tokens
+        full = count >= self._limit[rows]
         candidates = np.flatnonzero(broken | ended | full | self._stop_last[known])
         finished = []
         for at in candidates:
@@ -109,5 +147,5 @@ class SlotTable:
         return tuple(self.history[slot, : self.count[slot]].tolist())
 
     def _stopped(self, slot: int) -> bool:
-        held = self.history[slot, : self.count[slot]]
-        return any(len(held) >= len(stop) and np.array_equal(held[-len(stop) :], stop) for stop in self._stops)
+        held, stops = self.history[slot, : self.count[slot]], self.params[slot].stop
+        return any(len(held) >= len(stop) and np.array_equal(held[-len(stop) :], stop) for stop in stops)

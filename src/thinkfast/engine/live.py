@@ -1,0 +1,367 @@
+"""A thread that decodes for many requests at once: they share its slots by deadline, and come and go at any step.
+
+A request below its fair share of the slots (slots / requests) is served before those above it: first those that have
+had none yet, by deadline, then whoever has waited longest. What is left over goes to whoever has least. A newcomer that
+finds no slot free takes its share from those above theirs: their youngest samples start anew later, with the same
+tokens. A sample's tokens depend on the seed, its prompt and its index alone, as in `Engine.stream`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thinkfast.engine.backends import Kept
+from thinkfast.engine.engine import PREFILL_AHEAD, Engine
+from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, prompt_key, sample_key
+from thinkfast.engine.slots import SlotTable
+from thinkfast.errors import BadInput
+
+FLUSH_SECONDS = 0.025
+PACE = 0.05  # weight of the newest step in the mean time of a step
+COMPLETE, CANCELLED, CLOSED = "complete", "cancelled", "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Up to `n` samples of one prompt until `deadline` on `time.monotonic()`.
+
+    watch: tell of tokens while samples run, about every 25 ms; such a sample never starts anew.
+    alternatives: with `watch`, so many of the likeliest tokens beside every drawn one.
+    whole: start no sample that would, as long as the shortest one before it, not end by the deadline.
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    n: int
+    deadline: float = math.inf
+    watch: bool = False
+    alternatives: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens that sample `index` has drawn since its last piece, their log-probabilities, and the likeliest there."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Sample `index` has ended; its times are seconds since the request was submitted."""
+
+    index: int
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The last event. `reason` is "complete", "deadline", "cancelled", "closed" (the engine was) or what went wrong."""
+
+    reason: str
+
+
+Event = Piece | Drawn | Closed
+Listener = Callable[[Event], None]
+
+
+class Ticket:
+    """A submitted request: its caller may cancel it, or end one of its samples, from any thread."""
+
+    def __init__(self, engine: LiveEngine, request: Request, listener: Listener) -> None:
+        self.request, self.listener = request, listener
+        self.tokens = 0
+        """Tokens drawn so far, samples that started anew counted again."""
+        self._engine = engine
+        self.deadline = request.deadline
+        self.submitted = time.monotonic()
+        self.key = prompt_key(request.params.seed, request.prompt)
+        self.kept: Kept | None = None
+        self.running: dict[int, int] = {}
+        self.sent: dict[int, int] = {}
+        self.likely: dict[int, list[tuple[tuple[int, float], ...]]] = {}
+        self.again: list[int] = []
+        self.next = 0
+        self.shortest = math.inf
+        self.served = 0.0
+
+    def cancel(self) -> None:
+        """Ends the request within a step; its running samples are dropped."""
+        self._engine.command(lambda: self._engine.close_ticket(self, CANCELLED))
+
+    def end(self, index: int) -> None:
+        """Ends sample `index` within a step, as if it had met a stop sequence."""
+        self._engine.command(lambda: self._engine.end_sample(self, index))
+
+    def unstarted(self, now: float, pace: float) -> bool:
+        """Whether a sample waits for a slot and is worth one."""
+        if not self.again and self.next >= self.request.n:
+            return False
+        late = self.request.whole and self.shortest < math.inf and now + self.shortest * pace > self.deadline
+        return not late
+
+
+class LiveEngine:
+    """Serves requests in a thread of its own until `close`.
+
+    capacity: tokens of a prompt and its answer together, at most. `listener`s are called in the thread and must return
+    at once. Raises MemoryError where the slots do not fit into memory.
+    """
+
+    def __init__(self, engine: Engine, capacity: int) -> None:
+        self.engine, self.capacity = engine, min(capacity, engine.config.max_position_embeddings)
+        self.tokens = self.dropped = 0
+        """Tokens decoded, and those of them whose samples started anew."""
+        self.broken: str | None = None
+        self._memory = engine.open_memory(self.capacity)
+        config = engine.config
+        self._vocab = config.vocab_size
+        self._table = SlotTable(engine.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
+        self._owner: list[Ticket | None] = [None] * engine.slots
+        self._live: list[Ticket] = []
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._pace, self._flushed = 0.0, 0.0
+        self._refusing = False
+        self._thread = threading.Thread(target=self._run, name="thinkfast-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Samples being decoded now."""
+        return int(self._table.active.sum())
+
+    @property
+    def requests(self) -> int:
+        """Requests that have not been closed."""
+        return len(self._live)
+
+    def submit(self, request: Request, listener: Listener) -> Ticket:
+        """Takes a request; everything about it is told to `listener`, `Closed` at the end.
+
+        Raises BadInput for a prompt or parameters that cannot be served, and RuntimeError on a closed engine.
+        """
+        if self._refusing:
+            raise RuntimeError(f"the engine is closed: {self.broken or 'closed'}")
+        self.engine.check([request.prompt], request.n, request.params)
+        asked = len(request.prompt) + request.params.max_tokens
+        if asked > self.capacity:
+            raise BadInput(
+                f"prompt and max_tokens are {asked} tokens, more than the engine's capacity of {self.capacity}"
+            )
+        ticket = Ticket(self, request, listener)
+        self.command(lambda: self._live.append(ticket))
+        return ticket
+
+    def command(self, call: Callable[[], None]) -> None:
+        """Has the thread call `call` between two steps."""
+        with self._wake:
+            self._commands.append(call)
+            self._wake.notify()
+
+    def hand_back(self, by: float = 0.0) -> None:
+        """Takes no more requests and ends those there are by `by` (monotonic) at the latest, as at a deadline."""
+
+        def shorten() -> None:
+            for ticket in self._live:
+                ticket.deadline = min(ticket.deadline, by)
+
+        self._refusing = True
+        self.command(shorten)
+
+    def close(self) -> None:
+        """Ends every request with reason "closed", and the thread."""
+        self._refusing = True
+        self.command(lambda: self._close_all(CLOSED))
+        self._thread.join()
+
+    def close_ticket(self, ticket: Ticket, reason: str) -> None:
+        """In the thread: drops what runs for a ticket and says so. At a deadline the samples are handed over first."""
+        if ticket not in self._live:
+            return
+        self._live.remove(ticket)
+        now = time.monotonic()
+        for index, slot in list(ticket.running.items()):
+            if reason == DEADLINE:
+                self._tell_piece(ticket, index, slot)
+                ticket.listener(Drawn(index, self._sample(ticket, slot, DEADLINE, now)))
+            self._free(slot)
+        ticket.listener(Closed(reason))
+
+    def end_sample(self, ticket: Ticket, index: int) -> None:
+        """In the thread: ends one sample with reason "stop", where it still runs."""
+        if index in ticket.running:
+            self._finish(ticket.running[index], STOP, time.monotonic())
+
+    def _run(self) -> None:
+        try:
+            while self._await_work():
+                self._turn()
+        except Exception as error:  # noqa: BLE001 - whatever it was, those who wait must hear of it
+            self.broken = f"{type(error).__name__}: {error}"
+            self._refusing = True
+            self._close_all(self.broken)
+
+    def _await_work(self) -> bool:
+        """Sleeps until there is work, obeys the commands; False when it is over."""
+        with self._wake:
+            while not self._commands and not self._live:
+                if self._refusing:
+                    return False
+                self._wake.wait()
+            commands, self._commands = self._commands, deque()
+        for call in commands:
+            call()
+        return True
+
+    def _close_all(self, reason: str) -> None:
+        for ticket in list(self._live):
+            self.close_ticket(ticket, reason)
+
+    def _turn(self) -> None:
+        """One step of decoding, with what must be done before and after it."""
+        started = time.monotonic()
+        for ticket in list(self._live):
+            if ticket.deadline <= started:
+                self.close_ticket(ticket, DEADLINE)
+            elif not ticket.running and not ticket.unstarted(started, self._pace):
+                every = ticket.next >= ticket.request.n and not ticket.again
+                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
+        self._admit()
+        rows = np.flatnonzero(self._table.active).astype(np.int32)
+        if not len(rows):
+            return
+        wanted = any(t.request.alternatives for t in self._live)
+        logits = np.empty((len(rows), self._vocab), np.float32) if wanted else None
+        tokens, logprobs = self._memory.step(self._table, rows, logits)
+        if logits is not None:
+            self._note_likely(rows, tokens, logits)
+        finished = self._table.advance(rows, tokens, logprobs)
+        self.tokens += len(rows)
+        now = time.monotonic()
+        for done in finished:
+            self._finish(done.slot, done.reason, now)
+        if now - self._flushed >= FLUSH_SECONDS:
+            self._flushed = now
+            for ticket in self._live:
+                for index, slot in ticket.running.items():
+                    self._tell_piece(ticket, index, slot)
+        elapsed = now - started
+        self._pace = elapsed if self._pace == 0 else (1 - PACE) * self._pace + PACE * elapsed
+
+    def _admit(self) -> None:
+        """Prefills what is new, then hands out the slots."""
+        new = sorted((t for t in self._live if t.kept is None), key=lambda t: t.deadline)[:PREFILL_AHEAD]
+        if new:
+            states = self._memory.prefill([ticket.request.prompt[:-1] for ticket in new])
+            for ticket, state in zip(new, states, strict=True):
+                ticket.kept = state
+        free = np.flatnonzero(~self._table.active).tolist()
+        if not free and not new:
+            return
+        now = time.monotonic()
+        share = max(1, self.engine.slots // max(1, len(self._live)))
+        waiting = [t for t in self._live if t.kept is not None and t.unstarted(now, self._pace)]
+        while free and waiting:
+            ticket = min(waiting, key=lambda t: _turn_of(t, share))
+            self._start(ticket, free.pop(), now)
+            if not ticket.unstarted(now, self._pace):
+                waiting.remove(ticket)
+        for ticket in sorted(new, key=lambda t: t.deadline):
+            while len(ticket.running) < share and ticket.unstarted(now, self._pace):
+                slot = self._take_from_the_largest(share)
+                if slot is None:
+                    return
+                self._start(ticket, slot, now)
+
+    def _take_from_the_largest(self, share: int) -> int | None:
+        """Frees the slot of the youngest sample of the request that has most above its share; None where there is none.
+
+        Nobody is brought below the share by it, and no watched sample ends.
+        """
+        above = [t for t in self._live if len(t.running) > share and not t.request.watch]
+        if not above:
+            return None
+        ticket = max(above, key=lambda t: len(t.running))
+        index, slot = max(ticket.running.items(), key=lambda item: float(self._table.started[item[1]]))
+        self.dropped += int(self._table.count[slot])
+        ticket.again.append(index)
+        self._free(slot)
+        return slot
+
+    def _start(self, ticket: Ticket, slot: int, now: float) -> None:
+        if ticket.again:
+            index = ticket.again.pop()
+        else:
+            index, ticket.next = ticket.next, ticket.next + 1
+        prompt = ticket.request.prompt
+        assert ticket.kept is not None
+        self._memory.fork(ticket.kept, slot)
+        key = sample_key(ticket.key, index)
+        self._table.admit(slot, (0, index), prompt[-1], len(prompt) - 1, key, now, ticket.request.params)
+        ticket.served = now
+        self._owner[slot], ticket.running[index], ticket.sent[index] = ticket, slot, 0
+        if ticket.request.alternatives:
+            ticket.likely[index] = []
+
+    def _free(self, slot: int) -> None:
+        ticket = self._owner[slot]
+        assert ticket is not None
+        ticket.tokens += int(self._table.count[slot])
+        index = self._table.pair[slot][1]
+        self._table.active[slot], self._owner[slot] = False, None
+        del ticket.running[index], ticket.sent[index]
+        ticket.likely.pop(index, None)
+
+    def _finish(self, slot: int, reason: str, now: float) -> None:
+        ticket, index = self._owner[slot], self._table.pair[slot][1]
+        assert ticket is not None
+        self._tell_piece(ticket, index, slot)
+        sample = self._sample(ticket, slot, reason, now)
+        ticket.shortest = min(ticket.shortest, len(sample.token_ids))
+        self._free(slot)
+        ticket.listener(Drawn(index, sample))
+
+    def _sample(self, ticket: Ticket, slot: int, reason: str, now: float) -> Sample:
+        table, origin = self._table, ticket.submitted
+        times = float(table.started[slot]) - origin, now - origin
+        return Sample(table.tokens(slot), reason, *times, float(table.logprob[slot]))
+
+    def _tell_piece(self, ticket: Ticket, index: int, slot: int) -> None:
+        since, until = ticket.sent[index], int(self._table.count[slot])
+        if not ticket.request.watch or since >= until:
+            return
+        tokens = tuple(self._table.history[slot, since:until].tolist())
+        logprobs = tuple(self._table.history_logprob[slot, since:until].tolist())
+        ticket.sent[index] = until
+        ticket.listener(Piece(index, tokens, logprobs, tuple(ticket.likely.get(index, ())[since:until])))
+
+    def _note_likely(self, rows: NDArray[np.int32], tokens: NDArray[np.int32], logits: NDArray[np.float32]) -> None:
+        for at, slot in enumerate(rows.tolist()):
+            ticket = self._owner[slot]
+            if ticket is None or not ticket.request.alternatives or tokens[at] < 0:
+                continue
+            row = logits[at].astype(np.float64)
+            row -= row.max()
+            row -= math.log(np.exp(row).sum())
+            best = np.argsort(-row, kind="stable")[: ticket.request.alternatives].tolist()
+            ticket.likely[self._table.pair[slot][1]].append(tuple((token, float(row[token])) for token in best))
+
+
+def _turn_of(ticket: Ticket, share: int) -> tuple[int, float, float]:
+    """Who is served first has the smallest."""
+    held = len(ticket.running)
+    if held >= share:
+        return 2, held, ticket.deadline
+    return (0, ticket.deadline, 0.0) if ticket.next == 0 else (1, ticket.served, 0.0)

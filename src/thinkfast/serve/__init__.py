@@ -1,0 +1,1 @@
+"""Answers before a deadline: one problem in the terminal, or an OpenAI-style server."""
