@@ -1,29 +1,49 @@
-"""Requests made from the server's own OpenAPI document: none of them breaks it."""
+"""Requests made from the server's own OpenAPI document, such as keep to it and such as do not: none of them breaks it."""
+
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
-schema = schemathesis.pytest.from_fixture("document")
+PLACES = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics"]
+MODES = {"keeps": schemathesis.GenerationMode.POSITIVE, "breaks": schemathesis.GenerationMode.NEGATIVE}
 
 
-@pytest.fixture(scope="session")
-def document(address):
+@pytest.fixture(scope="module")
+def schema(address: str) -> Any:
     return schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
-@schema.parametrize()
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_request_breaks_the_server(case):
-    if isinstance(case.body, dict) and case.body.get("model") and case.operation.method == "post":
-        # Half of the time a model that is there, so that requests get further than its name.
-        case.body["model"] = "talker" if len(case.body["model"]) % 2 else case.body["model"]
-        if isinstance(case.body.get("time_budget"), int | float):
-            case.body["time_budget"] = min(case.body["time_budget"], 0.2)
-        else:
-            case.body["max_tokens"] = case.body.get("max_tokens") or 5
-    answer = case.call(timeout=60)
-    case.validate_response(answer, checks=[schemathesis.checks.not_a_server_error])
-    if answer.status_code >= 400:
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+def test_the_document_names_every_place(schema: Any) -> None:
+    assert set(schema.raw_schema["paths"]) == set(PLACES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("place", PLACES)
+def test_no_request_breaks_the_server(schema: Any, place: str, mode: str) -> None:
+    asks = place.startswith("/v1/") and place != "/v1/models"
+    if mode == "breaks" and not asks:
+        pytest.skip("a request without a body has nothing to break")
+    operation = schema[place]["POST" if asks else "GET"]
+    seen = set()
+
+    @settings(max_examples=150 if asks else 5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(generation_mode=MODES[mode]))
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict):
+            if isinstance(case.body.get("model"), str):
+                case.body["model"] = "talker"  # so that requests get further than this name
+            if isinstance(case.body.get("time_budget"), int | float):
+                case.body["time_budget"] = min(case.body["time_budget"], 0.1)
+            elif isinstance(case.body.get("max_tokens"), int):
+                case.body["max_tokens"] = min(case.body["max_tokens"], 5)
+        answer = case.call(timeout=60)
+        seen.add(answer.status_code)
+        case.validate_response(answer, checks=[schemathesis.checks.not_a_server_error])
+        if answer.status_code >= 400:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+    ask()
+    assert (200 if mode == "keeps" else 400) in seen

@@ -100,7 +100,8 @@ async def vote(served: Served, plan: Plan, grader: Grader) -> AsyncGenerator[Cha
     request = Request(plan.prompt, plan.params, plan.n, until, whole=True)
     cancel, inbox, _ = submit(served, request)
     ballot, stopped = Ballot(plan.strategy, plan.n, plan.min_samples), DEADLINE
-    side = asyncio.create_task(_settle(ballot, grader))
+    news = asyncio.Event()
+    side = asyncio.create_task(_settle(ballot, grader, news))
     try:
         with contextlib.suppress(TimeoutError):
             while True:
@@ -113,6 +114,8 @@ async def vote(served: Served, plan: Plan, grader: Grader) -> AsyncGenerator[Cha
                     async with _until(until + LATE * reserve):
                         chain = await _chain(served, event, plan)
                     ballot.add(chain)
+                    if ballot.unplaced:
+                        news.set()
                     yield chain
                     if ballot.decided():
                         stopped = "decided"
@@ -175,15 +178,14 @@ async def _chain(served: Served, event: Drawn, plan: Plan) -> Chain:
     return Chain(event.index, text, chain.answer, chain.tokens, seconds, reason, score)
 
 
-async def _settle(ballot: Ballot, grader: Grader) -> None:
+async def _settle(ballot: Ballot, grader: Grader, news: asyncio.Event) -> None:
     """Finds the classes of answers that are no plain numbers, one after the other, beside everything else."""
-    while True:
-        if ballot.unplaced:
+    while await news.wait():
+        news.clear()
+        while ballot.unplaced:
             answer = ballot.unplaced[0]
             equal = await asyncio.to_thread(find_equal, grader, list(ballot.representatives), answer)
             ballot.place(answer, equal)
-        else:
-            await asyncio.sleep(0.01)
 
 
 def _until(moment: float) -> asyncio.Timeout:
