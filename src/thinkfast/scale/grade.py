@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 _STARTUP_SECONDS = 120.0
-_PATIENCE = 4.0  # seconds on the wall for a second of processor time
+_PATIENCE = 24.0  # seconds on the wall for a second of processor time: a busy machine must change no verdict
 _NUMBER = re.compile(r"([+-]?)(\d{1,200}(?:\.\d{0,200})?|\.\d{1,200})(?: ?/ ?([+-]?\d{1,200}(?:\.\d{1,200})?))?")
 _FRACTION = re.compile(r"([+-]?)\\[dtc]?frac *(?:\{([+-]?\d{1,200})\}|(\d)) *(?:\{([+-]?\d{1,200})\}|(\d))")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -34,6 +34,8 @@ _SCALING = re.compile(
     r"|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|k|m|[a-z]",
     re.IGNORECASE,
 )
+_NOT_ONE_EQUATION = re.compile(r"[<>,;:!$\n]|\\(?:leq?|geq?|neq?|lt|gt|in|begin|text)(?![a-z])|[A-Za-z]{3}")
+_UNKNOWN_TERM = re.compile(r"\d[a-z]|[a-z][^=]*[-+^]|[-+][^=]*[a-z]", re.IGNORECASE)
 _STATED = (
     re.compile(r"####[ \t]*(.+)"),
     re.compile(r"answer is:?[ \t]*(.+?)(?=\.\s|\.?$)", re.IGNORECASE | re.MULTILINE),
@@ -127,6 +129,21 @@ def _key(text: str) -> Fraction | str:
     return text if value is None else value
 
 
+def _is_relation(text: str) -> bool:
+    """Whether a text is an equation between unknowns, which has no value that a bare expression could equal.
+
+    "x = 5" and "f(x) = 2x" name a value and "2 + 3 = 5" computes one; "2x + z = 1" and "7 = 11a + c" do neither.
+    """
+    bare = re.sub(r"\\(?:left|right|sqrt|[dt]?frac|cdot|times|pi)(?![a-z])", " ", text)
+    sides = re.sub(r"_\{?\w+\}?", "", bare).split("=")
+    if len(sides) != 2 or _NOT_ONE_EQUATION.search(bare):
+        return False
+    # A lone name, f(x) among them, is what the other side gives the value of.
+    if any(re.fullmatch(r"\s*\\?[A-Za-z]+'?\s*(?:\([^()]*\))?\s*", side) for side in sides):
+        return False
+    return any(_UNKNOWN_TERM.search(side) for side in sides)
+
+
 def equivalent(gold: str, prediction: str) -> bool:
     """Whether two answers are mathematically equal; symmetric; may be called from any thread.
 
@@ -216,6 +233,8 @@ class Grader:
         first, second = _key(gold), _key(prediction)
         if first == second or (isinstance(first, Fraction) and isinstance(second, Fraction)):
             return first == second
+        if (_is_relation(gold) and "=" not in prediction) or (_is_relation(prediction) and "=" not in gold):
+            return False
         pair = (min(gold, prediction), max(gold, prediction))
         if pair not in self._verdicts:
             self._verdicts[pair] = self._ask(pair)
