@@ -36,7 +36,21 @@ def completions(tmp_path: Path) -> Path:
 
 def test_the_commands_are_these() -> None:
     names = {(command.callback.__name__ if command.callback else "") for command in app.registered_commands}
-    assert names == {"demo", "run", "convert", "distill", "sample", "grade", "compare", "report", "bench", "doctor"}
+    assert names == {
+        "demo",
+        "run",
+        "convert",
+        "distill",
+        "sample",
+        "reward",
+        "train_reward",
+        "overlap",
+        "grade",
+        "compare",
+        "report",
+        "bench",
+        "doctor",
+    }
 
 
 @pytest.mark.parametrize(

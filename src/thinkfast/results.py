@@ -93,19 +93,29 @@ def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
     return problems, samples, timed
 
 
-def read_source(source: Path, problems_file: Path | None) -> tuple[list[Problem], Graded]:
-    """Grades a directory of samples, whose problems stand in `problems_file`, or completions in JSONL."""
-    from thinkfast.data.problems import load_problems
+def read_texts(source: Path, problems_file: Path | None) -> tuple[list[Problem], list[SampleRow], bool]:
+    """Problems, samples and whether they are timed: a directory of samples, whose problems stand in `problems_file`
+    or are a public set of that name, or completions in JSONL."""
+    from thinkfast.data.sets import open_problems
 
-    if source.is_dir():
-        samples = records.read_samples(source)
-        if not samples:
-            raise BadInput(f"{source}: holds no part-*.parquet with samples")
-        if problems_file is None:
-            raise BadInput(f"{source}: --problems is needed to grade a directory of samples")
-        problems, timed = load_problems(problems_file), True
-    else:
-        problems, samples, timed = read_completions(source)
+    if not source.is_dir():
+        return read_completions(source)
+    samples = records.read_samples(source)
+    if not samples:
+        raise BadInput(f"{source}: holds no part-*.parquet with samples")
+    if problems_file is None:
+        raise BadInput(f"{source}: --problems is needed to grade a directory of samples")
+    problems = open_problems(problems_file)
+    known = {problem.id for problem in problems}
+    strange = next((row.problem_id for row in samples if row.problem_id not in known), None)
+    if strange is not None:
+        raise BadInput(f"{source}: a sample is of problem {strange!r}, which {problems_file} does not hold")
+    return problems, samples, True
+
+
+def read_source(source: Path, problems_file: Path | None) -> tuple[list[Problem], Graded]:
+    """`read_texts`, graded."""
+    problems, samples, timed = read_texts(source, problems_file)
     try:
         return problems, Graded(samples, grade(samples, problems), timed)
     except BadInput as error:

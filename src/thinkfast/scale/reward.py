@@ -15,8 +15,8 @@ from typing import Any, Literal
 from thinkfast import records
 from thinkfast.errors import BadInput
 
-HOW = ("last", "min", "product", "mean")
 How = Literal["last", "min", "product", "mean"]
+HOW: tuple[How, ...] = ("last", "min", "product", "mean")
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -153,7 +153,7 @@ def _tensor_names(model_dir: Path) -> Iterator[str]:
 def _tensors(model_dir: Path, prefix: str) -> dict[str, Any]:
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Any] = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
@@ -176,16 +176,17 @@ class RewardModel:
         if self.layout not in (*LAYOUTS, PREFERENCE):
             raise BadInput(f"layout {self.layout!r}: expected one of {', '.join((*LAYOUTS, PREFERENCE))}")
         self._device = device
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+        # The file as it stands: by the model type, AutoTokenizer would put rules of its own over it.
+        self._tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model_dir)
         if self.layout == PREFERENCE:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(model_dir)
             if model.config.num_labels != 1:
                 raise BadInput(f"{model_dir / 'config.json'}: num_labels is {model.config.num_labels}, expected 1")
-            self._model = model.to(device).eval()
+            self._model: Any = model.eval().to(device)
             return
         kind = LAYOUTS[self.layout].head
         auto = transformers.AutoModelForCausalLM if kind == "language" else transformers.AutoModel
-        self._model = auto.from_pretrained(model_dir).to(device).eval()
+        self._model = auto.from_pretrained(model_dir).eval().to(device)
         self._head = None if kind == "language" else _head(model_dir, kind, device)
         if len(self._tokenizer) > self._model.get_input_embeddings().num_embeddings:
             raise BadInput(f"{model_dir}: the tokenizer has more tokens than the model, it is another model's")

@@ -4,9 +4,10 @@ The score of a completion is the log-probability that nothing went wrong in it,
 
     S = alpha * sum of log p(token) + sum over step ends of log sigmoid(head(state)),
 
-so that it starts as the summed log-probability times alpha and a step's score is what it adds. Only problems with right
-and wrong samples teach anything: pairs of one problem are compared (arXiv 2203.02155, eq. 1), which leaves nothing to be
-gained from telling hard problems from easy ones. Step labels by roll-out (arXiv 2312.08935) are a second, optional term.
+so that it starts as the summed log-probability times alpha and a step's score is what it adds. Only problems with
+right and wrong samples teach anything: pairs of one problem are compared (arXiv 2203.02155, eq. 1), so that nothing is
+gained from telling hard problems from easy ones. Step labels by roll-out (arXiv 2312.08935) are a second, optional
+term.
 """
 
 from __future__ import annotations
