@@ -14,6 +14,7 @@ FLOORS = {
     "report": 5,
     "results": 5,
     "rewards": 6,
+    "spending": 6,
     "doctor": 5,
     "stages": 5,
     "scale": 4,

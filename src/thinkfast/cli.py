@@ -35,6 +35,8 @@ Attention = Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1
 Init = Annotated[str, typer.Option(help="New mixers start from 'attention' or 'random'.")]
 Seed = Annotated[int, typer.Option(help="Fixes every random number.")]
 Source = Annotated[Path, typer.Argument(help="A directory of samples, or JSONL with problem, answer, completions.")]
+Sources = Annotated[list[Path], typer.Argument(help="Directories of samples, or JSONL with completions.")]
+Rewards = Annotated[list[Path] | None, typer.Option("--rewards", help="Rewards of the sources, in their order.")]
 ProblemsFile = Annotated[Path | None, typer.Option("--problems", help="What a directory of samples answers.")]
 
 
@@ -202,7 +204,7 @@ def grade(
 
 @app.command()
 def compare(
-    sources: Annotated[list[Path], typer.Argument(help="Directories of samples, or JSONL with completions.")],
+    sources: Sources,
     problems: ProblemsFile = None,
     baseline: Annotated[str | None, typer.Option(help="Whom to compare with, by default the first.")] = None,
     out: Annotated[Path | None, typer.Option(help="A file for the curves, like curves.json.")] = None,
@@ -210,17 +212,56 @@ def compare(
     first: Annotated[float, typer.Option("--from", help="First seconds a problem.")] = 0.01,
     last: Annotated[float, typer.Option("--to", help="Last seconds a problem.")] = 0.2,
     points: Annotated[int, typer.Option(help="Points between them.")] = 40,
+    rewards: Rewards = None,
+    price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Coverage and majority against samples and, where samples are timed, against seconds."""
-    from thinkfast import results
+    """Coverage and majority against samples and, where timed, against seconds; who leads at which budget."""
+    from thinkfast import results, spending
     from thinkfast.recipe import Compare, section
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": _numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = results.compare_sources(sources, problems, settings, out)
-    print("\n".join(results.curves_in_words(document)))
+    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price)
+    print("\n".join(spending.in_words(document)))
+    _finish(document, json_)
+
+
+@app.command()
+def adapt(
+    sources: Sources,
+    problems: ProblemsFile = None,
+    error: Annotated[float, typer.Option(help="Chance that a stopped vote would still turn.")] = 0.05,
+    slots: Annotated[int, typer.Option(min=1, help="Samples side by side, as in the run.")] = 128,
+    first: Annotated[float, typer.Option("--from", help="First seconds a problem.")] = 0.01,
+    last: Annotated[float, typer.Option("--to", help="Last seconds a problem.")] = 0.2,
+    out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
+    json_: Json = False,
+) -> None:
+    """Replay timed samples with decided votes stopped, against sampling all problems alike."""
+    from thinkfast import spending
+
+    document = spending.adapt_sources(sources, problems, (first, last), error, slots, out)
+    print("\n".join(spending.adapted_in_words(document)))
+    _finish(document, json_)
+
+
+@app.command()
+def plan(
+    sources: Sources,
+    problems: ProblemsFile = None,
+    pilot: Annotated[int, typer.Option(min=1, help="Samples a problem to learn from.")] = 4,
+    ks: Annotated[str, typer.Option(help="Samples a problem to foretell.")] = "1,2,4,8,16,32,64",
+    out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Foretell coverage and majority with more samples from the first few of each problem."""
+    from thinkfast import spending
+
+    document = spending.plan_sources(sources, problems, _numbers(ks), pilot, seed, out)
+    print("\n".join(spending.planned_in_words(document)))
     _finish(document, json_)
 
 

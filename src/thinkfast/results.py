@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Graded:
     samples: list[SampleRow]
     scores: list[ScoreRow]
     timed: bool = True
+    rewards: dict[tuple[str, int], float] | None = None
 
 
 def grade(samples: Sequence[SampleRow], problems: Sequence[Problem]) -> list[ScoreRow]:
@@ -65,7 +67,8 @@ def read_graded(run: Path, name: str) -> Graded:
 
 
 def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
-    """JSONL rows with `problem`, `answer`, `completions` and, where it was measured, `t_end` (seconds, a list as long).
+    """JSONL rows with `problem`, `answer`, `completions` and, where it was measured, `t_end` (seconds, a list as long), and
+    `t_start`, without which they cannot be replayed.
 
     Returns the problems, a sample for every completion, and whether all of them are timed. Raises BadInput naming the
     file, the row and the field.
@@ -86,9 +89,12 @@ def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
         numbers = isinstance(ends, list) and all(isinstance(end, int | float) for end in ends)
         if not numbers or len(ends) != len(texts):
             raise BadInput(f"{path}: row {number}: t_end: expected {len(texts)} numbers of seconds, one a completion")
+        starts = row.get("t_start", [math.nan] * len(texts))
+        if not isinstance(starts, list) or len(starts) != len(texts):
+            raise BadInput(f"{path}: row {number}: t_start: expected {len(texts)} numbers of seconds, one a completion")
         samples += [
-            SampleRow(problem.id, index, 0, text, 0, "stop", 0.0, float(end), 0.0, path.stem)
-            for index, (text, end) in enumerate(zip(texts, ends, strict=True))
+            SampleRow(problem.id, index, 0, text, 0, "stop", float(begun), float(end), 0.0, path.stem)
+            for index, (text, begun, end) in enumerate(zip(texts, starts, ends, strict=True))
         ]
     return problems, samples, timed
 
@@ -135,27 +141,6 @@ def source_name(source: Path) -> str:
     return source.resolve().name if source.is_dir() else source.name.split(".")[0]
 
 
-def compare_sources(
-    sources: Sequence[Path], problems_file: Path | None, settings: Compare, out: Path | None
-) -> dict[str, Any]:
-    """The curves of several sources over the same problems, each called by its file or directory name."""
-    graded: dict[str, Graded] = {}
-    first: list[Problem] = []
-    for source in sources:
-        problems, entry = read_source(source, problems_file)
-        first = first or problems
-        if [(problem.id, problem.answer) for problem in problems] != [(p.id, p.answer) for p in first]:
-            raise BadInput(f"{source}: its problems are not those of {sources[0]}")
-        name = source_name(source)
-        if name in graded:
-            raise BadInput(f"{source}: two sources are called {name!r}")
-        graded[name] = entry
-    document = compare(graded, first, settings)
-    if out is not None:
-        records.write_json(out, document)
-    return document
-
-
 def table(graded: Graded, problems: Sequence[Problem]) -> Table:
     """The columns that curves are made of; samples the clock cut off do not count."""
     import numpy as np
@@ -170,17 +155,26 @@ def table(graded: Graded, problems: Sequence[Problem]) -> Table:
         t_end=np.array([row.t_end for row, _ in pairs], dtype=np.float64),
         answer_class=np.array([score.answer_class for _, score in pairs], dtype=np.int64),
         correct=np.array([score.correct for _, score in pairs], dtype=bool),
+        seconds=np.array([row.t_end - row.t_start for row, _ in pairs], dtype=np.float64) if graded.timed else None,
+        score=None
+        if graded.rewards is None
+        else np.array([graded.rewards[row.problem_id, row.sample_index] for row, _ in pairs], dtype=np.float64),
     )
 
 
 def compare(graded: Mapping[str, Graded], problems: Sequence[Problem], settings: Compare) -> dict[str, Any]:
     """The document of `curves.json`; without measured times it ends at the curves against k."""
+    tables = {name: table(entry, problems) for name, entry in graded.items()}
+    return compare_tables(tables, len(problems), settings)
+
+
+def compare_tables(tables: Mapping[str, Table], problems: int, settings: Compare) -> dict[str, Any]:
+    """`compare` of tables; a table without seconds was not timed."""
     from thinkfast.scale.budget import curves
 
-    tables = {name: table(entry, problems) for name, entry in graded.items()}
-    timed = all(entry.timed for entry in graded.values())
+    timed = all(entry.seconds is not None for entry in tables.values())
     grid = settings.grid.seconds if timed else [1.0]
-    document = curves(tables, len(problems), settings.baseline, grid, settings.ks, settings.seed, settings.replicates)
+    document = curves(tables, problems, settings.baseline, grid, settings.ks, settings.seed, settings.replicates)
     if timed:
         return document
     return {key: value for key, value in document.items() if key not in ("seconds", "by_time", "difference", "wins")}

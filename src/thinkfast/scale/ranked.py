@@ -96,7 +96,8 @@ def soft_weights(problem: Ints, score: Floats, problems: int) -> Floats:
     """exp(score) scaled to a largest weight of 1 in every problem: votes out of log-probabilities."""
     top = np.full(problems, -np.inf)
     np.maximum.at(top, problem, score)
-    return np.exp(score - top[problem])
+    weights: Floats = np.exp(score - top[problem])
+    return weights
 
 
 def within_auc(problem: Ints, score: Floats, correct: Bools) -> tuple[float, float]:
