@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench bench-scale clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
 
 demo: $(VENV)/.demo-installed  ## distil, sample, grade and compare: writes runs/demo/report/index.html
 	$(BIN)/thinkfast demo
@@ -26,6 +26,9 @@ bench: $(VENV)/.demo-installed  ## tokens per second of teacher, hybrid and pure
 	$(BIN)/thinkfast convert bundled runs/bench/pure >/dev/null
 	$(BIN)/thinkfast convert bundled runs/bench/hybrid --attention 1 >/dev/null
 	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --out benchmarks/results/decode.json
+
+bench-scale: $(VENV)/.demo-installed  ## rewards, adaptive sampling and the planner on the samples of `make demo`
+	$(BIN)/python scripts/bench_scale.py runs/demo --out benchmarks/results/scale
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

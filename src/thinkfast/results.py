@@ -67,8 +67,8 @@ def read_graded(run: Path, name: str) -> Graded:
 
 
 def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
-    """JSONL rows with `problem`, `answer`, `completions` and, where it was measured, `t_end` (seconds, a list as long), and
-    `t_start`, without which they cannot be replayed.
+    """JSONL rows with `problem`, `answer`, `completions` and, where they were measured, lists as long of seconds:
+    `t_end`, and `t_start`, without which they cannot be replayed.
 
     Returns the problems, a sample for every completion, and whether all of them are timed. Raises BadInput naming the
     file, the row and the field.
@@ -134,6 +134,15 @@ def grade_source(source: Path, problems_file: Path | None, out: Path | None) -> 
     if out is not None:
         records.write_scores(out, graded.scores)
     return {"problems": len(problems), "samples": len(graded.samples), **scored(graded, problems)}
+
+
+def sample_counts(directory: Path) -> dict[str, int]:
+    """Finished samples of every problem that has any, in a directory of samples."""
+    counts: dict[str, int] = {}
+    for row in records.read_samples(directory):
+        if row.finish_reason != CUT_OFF:
+            counts[row.problem_id] = counts.get(row.problem_id, 0) + 1
+    return counts
 
 
 def source_name(source: Path) -> str:

@@ -5,7 +5,6 @@ is really the more frequent one is the Beta tail I(1/2; v+1, w+1) (arXiv 2305.11
 """
 
 import heapq
-import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from functools import lru_cache
@@ -24,8 +23,12 @@ def overturn_chance(first: int, second: int) -> float:
     As a binomial tail: of first + second + 1 throws of a coin at least first + 1 come up heads.
     """
     throws = first + second + 1
-    ways = sum(math.comb(throws, heads) for heads in range(first + 1, throws + 1))
-    return float(ways / (1 << throws))
+    # From all heads downwards, each binomial from the one before it; whole numbers, so that nothing cancels.
+    ways = one = 1
+    for heads in range(throws, first + 1, -1):
+        one = one * heads // (throws - heads + 1)
+        ways += one
+    return ways / (1 << throws)
 
 
 def decided(votes: Collection[int], error: float, least: int = 3) -> bool:

@@ -75,7 +75,7 @@ def _sign_changes(difference: Floats, seconds: Floats) -> list[tuple[float, bool
 
 
 def time_to_reach(mean: Floats, seconds: Floats, level: float) -> float:
-    """The budget at which a curve first reaches a level, interpolated on the logarithm of time; inf where it never does.
+    """The budget at which a curve first reaches a level, interpolated on the logarithm of time; inf if it never does.
 
     A curve that starts above the level reaches it at the first point: no smaller budget was measured.
     """
