@@ -63,11 +63,11 @@ def test_uniform_replay_is_the_run_itself_when_one_sample_runs_at_a_time():
 
 def test_stopping_decided_votes_gains_where_problems_differ():
     one = table(300, 60)
-    seconds = np.linspace(1, 20, 20)
+    seconds = np.linspace(0.1, 3, 20)
     spent, even = allocate(one, 300, seconds, 0.05, 16), uniform(one, 300, seconds, 16)
     assert spent.shape == even.shape == (300, 20)
     assert spent.mean() > even.mean()
-    # Nothing is decided at once, and at most what uniform sampling had is lost.
+    # Nothing is decided after one or two votes.
     np.testing.assert_allclose(spent[:, :1], even[:, :1])
 
 

@@ -1,6 +1,7 @@
 """What more samples would buy, foretold from a few: the tail of difficulty, fitted and carried on.
 
-The chance of success of a problem is taken as Beta(a, b) over problems, so that right answers among n are beta-binomial.
+The chance of success of a problem is taken as Beta(a, b) over problems, so that right answers among n are
+beta-binomial.
 """
 
 from collections.abc import Sequence
