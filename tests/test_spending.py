@@ -18,8 +18,10 @@ def completions(path: Path, skill: float, pace: float, problems: int = 16, n: in
     dice, rows = Random(path.name), []
     for place, made in enumerate(generate(4, problems, "held-out", [1])):
         chance = skill * (0.2 + 0.8 * (place % 4) / 3)
+        # Of about the same length as a right one: a random model's log-probability knows nothing but the length.
+        worked = made.solution.partition("####")[0].replace(" So", " ##", 1)
         texts = [
-            made.solution if dice.random() < chance else f"No.\n#### {int(made.answer) + dice.choice([1, 2])}"
+            made.solution if dice.random() < chance else f"{worked}#### {int(made.answer) + dice.choice([1, 2])}"
             for _ in range(n)
         ]
         starts = [(j * problems + place) * pace for j in range(n)]
@@ -73,12 +75,12 @@ def test_a_verifier_is_trained_scores_and_ranks(
     pair: list[str], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, scored = tmp_path / "verifier", tmp_path / "rewards"
-    assert main(["train-reward", str(tiny_teacher), pair[1], str(out), "--steps", "12", "--lr", "0.003", "--json"]) == 0
+    assert main(["train-reward", str(tiny_teacher), pair[1], str(out), "--steps", "60", "--lr", "0.003", "--json"]) == 0
     found = last(capsys)
     assert found["problems"] == 4
-    assert found["verifier"]["auc_within"] > 0.9  # what is wrong here is short
+    assert found["verifier"]["auc_within"] > 0.9
     assert found["verifier"]["difference"]["low"] <= found["verifier"]["difference"]["high"]
-    assert main(["train-reward", str(tiny_teacher), pair[1], str(out), "--steps", "12", "--lr", "0.003", "--json"]) == 0
+    assert main(["train-reward", str(tiny_teacher), pair[1], str(out), "--steps", "60", "--lr", "0.003", "--json"]) == 0
     assert last(capsys) == found
     assert main(["reward", str(out), pair[1], str(scored), "--json"]) == 0
     assert last(capsys)["samples"] == 128

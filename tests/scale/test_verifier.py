@@ -52,7 +52,7 @@ def test_an_untrained_one_is_the_summed_log_probability_plus_a_constant_a_step(t
     ended = [[*s.token_ids, *([tokenizer.eos_id] if s.finish_reason == "stop" else [])] for s in samples]
     examples = [Example(tuple(prompt), tuple(ids), True) for ids in ended]
     found = {place: (total, steps) for place, total, steps, _ in score_examples(model, examples, tokenizer.pad_id)}
-    line = np.array(step_ends(tokenizer, decoder.config.vocab_size))
+    line = step_ends(tokenizer, decoder.config.vocab_size).numpy()
     sound = float(torch.nn.functional.logsigmoid(torch.tensor(3.0)))
     for place, (sample, ids) in enumerate(zip(samples, ended, strict=True)):
         steps = int(line[ids[:-1]].sum()) + 1
