@@ -5,10 +5,10 @@ COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench compat llama harness load clean
+.PHONY: help demo test lint types bench bench-scale compat llama harness load clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
 
 demo: $(VENV)/.demo-installed  ## distil, sample, grade and compare: writes runs/demo/report/index.html
 	$(BIN)/thinkfast demo
@@ -47,6 +47,9 @@ harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on t
 
 load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, memory, throughput
 	$(BIN)/python benchmarks/serve_load.py bundled --out benchmarks/results/serve-load.json
+
+bench-scale: $(VENV)/.demo-installed  ## rewards, adaptive sampling and the planner on the samples of `make demo`
+	$(BIN)/python scripts/bench_scale.py runs/demo --out benchmarks/results/scale
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) .venv-compat .venv-harness build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -14,6 +14,8 @@ FLOORS = {
     "report": 5,
     "serve": 5,
     "results": 5,
+    "rewards": 6,
+    "spending": 6,
     "doctor": 5,
     "harness": 5,
     "stages": 5,
@@ -33,7 +35,7 @@ FLOORS = {
     "progress": 1,
 }
 LEAN = ("ops", "model", "engine")
-WITHOUT_TORCH = ("scale.aggregate", "scale.estimate", "scale.budget", "report")
+WITHOUT_TORCH = ("scale.aggregate", "scale.estimate", "scale.budget", "scale.ranked", "report")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or not path.name.startswith("__"))
 
 
@@ -94,7 +96,11 @@ def test_statistics_and_report_import_no_torch(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".cli", ".pipeline", ".results", ".report", ".scale.aggregate", ".scale.estimate", ".scale.budget"]
+    "module",
+    [
+        *("", ".cli", ".pipeline", ".results", ".rewards", ".report"),
+        *(".scale.aggregate", ".scale.estimate", ".scale.budget", ".scale.ranked"),
+    ],
 )
 def test_importing_it_loads_no_torch(module: str) -> None:
     program = f"import sys, thinkfast{module}; sys.exit('torch' in sys.modules)"

@@ -34,6 +34,9 @@ Solved = Annotated[Path, typer.Argument(help="JSONL or Parquet rows with problem
 Attention = Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1,3; by default none.")]
 Init = Annotated[str, typer.Option(help="New mixers start from 'attention' or 'random'.")]
 Seed = Annotated[int, typer.Option(help="Fixes every random number.")]
+Source = Annotated[Path, typer.Argument(help="A directory of samples, or JSONL with problem, answer, completions.")]
+Sources = Annotated[list[Path], typer.Argument(help="Directories of samples, or JSONL with completions.")]
+Rewards = Annotated[list[Path] | None, typer.Option("--rewards", help="Rewards of the sources, in their order.")]
 ProblemsFile = Annotated[Path | None, typer.Option("--problems", help="What a directory of samples answers.")]
 
 
@@ -101,9 +104,9 @@ def distill(
 
 @app.command()
 def sample(
-    model: Model,
-    problems: Annotated[Path, typer.Argument(help="JSONL or Parquet rows with problem and answer.")],
-    out: Annotated[Path, typer.Argument(help="A directory for the samples.")],
+    models: Annotated[list[Path], typer.Argument(help="Stock model directories, or 'bundled'; one after the other.")],
+    problems: Annotated[str, typer.Argument(help="A set by name, or JSONL or Parquet rows with problem and answer.")],
+    out: Annotated[Path, typer.Argument(help="A directory for the samples; of several models a directory each in it.")],
     n: Annotated[int, typer.Option(help="Samples a problem, at most.")] = 64,
     seconds: Annotated[float, typer.Option(help="Seconds of clock, for all problems together.")] = 60.0,
     temperature: float = 0.8,
@@ -111,6 +114,11 @@ def sample(
     top_k: int = 0,
     max_tokens: int = 512,
     slots: Annotated[str, typer.Option(help="Completions decoded at once; of several the fastest.")] = "128",
+    prompt: Annotated[str, typer.Option(help="plain, boxed, hash or system-boxed.")] = "plain",
+    shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
+    shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -121,12 +129,67 @@ def sample(
     values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     values |= {"max_tokens": max_tokens, "slots": _numbers(slots), "seed": seed}
     settings = section(SampleSettings, values)
-    _finish(pipeline.sample_file(model, problems, settings, out), json_)
+    asked = pipeline.read_prompt(prompt, shots, shots_from)
+    _finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
+
+
+@app.command()
+def reward(
+    model: Annotated[Path, typer.Argument(help="A verifier of train-reward, or a published reward model.")],
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="A directory for the rewards.")],
+    problems: ProblemsFile = None,
+    how: Annotated[str, typer.Option(help="Step scores become one: last, min, product or mean.")] = "last",
+    layout: Annotated[str | None, typer.Option(help="Of a process model; by default what its files show.")] = None,
+    json_: Json = False,
+) -> None:
+    """Score every sample; goes on where it was cut off."""
+    from thinkfast import rewards
+
+    document = rewards.score_file(model, source, problems, out, rewards.known_how(how), layout)
+    print(f"{document['samples']:,} samples scored in {document['seconds']:.1f} s")
+    _finish(document, json_)
+
+
+@app.command()
+def train_reward(
+    model: Model,
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The verifier's directory.")],
+    problems: ProblemsFile = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 400,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Only the head learns.")] = False,
+    rollouts: Annotated[int, typer.Option(min=0, help="Continuations a step, to label steps with.")] = 0,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Train a verifier on graded samples; measured on every fourth problem, which it does not see."""
+    from thinkfast import rewards, stages
+
+    directory, values = stages.teacher_directory(str(model)), {"steps": steps, "lr": lr, "frozen": frozen, "seed": seed}
+    document = rewards.train_file(directory, source, problems, out, values, rollouts)
+    print("\n".join(rewards.verification_in_words(document)))
+    _finish(document, json_)
+
+
+@app.command()
+def overlap(
+    test: Annotated[str, typer.Argument(help="A problem set by name or file.")],
+    train: Annotated[str, typer.Argument(help="What a model was trained on, e.g. gsm8k:train.")],
+    json_: Json = False,
+) -> None:
+    """Tell which problems of a test set also stand in a training set."""
+    from thinkfast.data.overlap import report_overlap
+
+    document = report_overlap(test, train)
+    print(f"{document['overlapping']} of {document['problems']} problems of {test} stand in {train}")
+    _finish(document, json_)
 
 
 @app.command()
 def grade(
-    source: Annotated[Path, typer.Argument(help="A directory of samples, or JSONL with problem, answer, completions.")],
+    source: Source,
     problems: ProblemsFile = None,
     out: Annotated[Path | None, typer.Option(help="A Parquet file for the verdicts.")] = None,
     json_: Json = False,
@@ -141,7 +204,7 @@ def grade(
 
 @app.command()
 def compare(
-    sources: Annotated[list[Path], typer.Argument(help="Directories of samples, or JSONL with completions.")],
+    sources: Sources,
     problems: ProblemsFile = None,
     baseline: Annotated[str | None, typer.Option(help="Whom to compare with, by default the first.")] = None,
     out: Annotated[Path | None, typer.Option(help="A file for the curves, like curves.json.")] = None,
@@ -149,17 +212,56 @@ def compare(
     first: Annotated[float, typer.Option("--from", help="First seconds a problem.")] = 0.01,
     last: Annotated[float, typer.Option("--to", help="Last seconds a problem.")] = 0.2,
     points: Annotated[int, typer.Option(help="Points between them.")] = 40,
+    rewards: Rewards = None,
+    price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Coverage and majority against samples and, where samples are timed, against seconds."""
-    from thinkfast import results
+    """Coverage and majority against samples and, where timed, against seconds; who leads at which budget."""
+    from thinkfast import results, spending
     from thinkfast.recipe import Compare, section
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": _numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = results.compare_sources(sources, problems, settings, out)
-    print("\n".join(results.curves_in_words(document)))
+    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price)
+    print("\n".join(spending.in_words(document)))
+    _finish(document, json_)
+
+
+@app.command()
+def adapt(
+    sources: Sources,
+    problems: ProblemsFile = None,
+    error: Annotated[float, typer.Option(help="Chance that a stopped vote would still turn.")] = 0.05,
+    slots: Annotated[int, typer.Option(min=1, help="Samples side by side, as in the run.")] = 128,
+    first: Annotated[float, typer.Option("--from", help="First seconds a problem.")] = 0.01,
+    last: Annotated[float, typer.Option("--to", help="Last seconds a problem.")] = 0.2,
+    out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
+    json_: Json = False,
+) -> None:
+    """Replay timed samples with decided votes stopped, against sampling all problems alike."""
+    from thinkfast import spending
+
+    document = spending.adapt_sources(sources, problems, (first, last), error, slots, out)
+    print("\n".join(spending.adapted_in_words(document)))
+    _finish(document, json_)
+
+
+@app.command()
+def plan(
+    sources: Sources,
+    problems: ProblemsFile = None,
+    pilot: Annotated[int, typer.Option(min=1, help="Samples a problem to learn from.")] = 4,
+    ks: Annotated[str, typer.Option(help="Samples a problem to foretell.")] = "1,2,4,8,16,32,64",
+    out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Foretell coverage and majority with more samples from the first few of each problem."""
+    from thinkfast import spending
+
+    document = spending.plan_sources(sources, problems, _numbers(ks), pilot, seed, out)
+    print("\n".join(spending.planned_in_words(document)))
     _finish(document, json_)
 
 

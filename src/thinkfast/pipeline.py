@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from thinkfast import progress, records, results
-from thinkfast.data.problems import Problem, load_problems
+from thinkfast.data.chat import PROMPTS, Prompt, named_prompt
+from thinkfast.data.problems import Problem
+from thinkfast.data.sets import open_problems
 from thinkfast.errors import BadInput
 from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Student, Text, dump_recipe, load_recipe
 from thinkfast.stages import Say, Stages, copy_teacher, make_corpus, make_problems, make_student, teacher_directory
@@ -105,15 +108,39 @@ def _sample(recipe: Recipe, name: str, problems: list[Problem], out: Path, stage
     stages.tell(f"sample {name}", seconds, told, kept)
 
 
-def sample_file(model: Path, problems: Path, settings: SampleSettings, out: Path) -> dict[str, Any]:
-    """Samples a model on a problem file and tells how much came of it."""
+def read_prompt(name: str, shots: int, source: str | None) -> Prompt:
+    """A named prompt with the first solved problems of a set before each problem."""
+    if shots and source is None:
+        raise BadInput(f"--shots {shots}: --shots-from says where they come from")
+    solved = [(p.problem, p.solution) for p in open_problems(source or "")] if shots else []
+    return named_prompt(name, [(text, solution) for text, solution in solved if solution], shots)
+
+
+def sample_files(
+    models: Sequence[Path],
+    problems: str,
+    settings: SampleSettings,
+    out: Path,
+    prompt: Prompt = PROMPTS["plain"],
+    workers: int = 0,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`."""
     from thinkfast.scale.sample import sample_model
 
-    directory = teacher_directory(str(model))
-    with progress.bar("sample", 1.0) as update:
-        drawn = sample_model(directory, load_problems(problems), settings, out, update=update)
-    print(f"{drawn.samples:,} samples in {drawn.seconds:.1f} s of clock, {drawn.tokens_per_second:,.0f} tokens/s")
-    return {**asdict(drawn), "tokens_per_second": drawn.tokens_per_second}
+    told: dict[str, Any] = {}
+    directories = {path.resolve().name: path for path in (teacher_directory(str(model)) for model in models)}
+    if len(directories) < len(models):
+        raise BadInput(f"{', '.join(map(str, models))}: two models have one name")
+    asked = open_problems(problems, lambda line: print(line, file=sys.stderr)) if skip_bad else open_problems(problems)
+    for name, directory in directories.items():
+        place = out / name if len(models) > 1 else out
+        with progress.bar(f"{name}: sample", 1.0) as update:
+            drawn = sample_model(directory, asked, settings, place, None, update, prompt, workers)
+        words = f"{drawn.samples:,} samples in {drawn.seconds:.1f} s of clock, {drawn.tokens_per_second:,.0f} tokens/s"
+        print(words if len(models) == 1 else f"{name}: {words}")
+        told[name] = {**asdict(drawn), "tokens_per_second": drawn.tokens_per_second}
+    return told if len(models) > 1 else next(iter(told.values()))
 
 
 def bench_models(models: Sequence[Path], settings: Bench) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from thinkfast import runtime
 from thinkfast.errors import BadInput
@@ -250,7 +250,19 @@ class ScoreRow:
     correct: bool
 
 
-Row = SampleRow | ScoreRow
+@dataclass(frozen=True, slots=True)
+class RewardRow:
+    """The reward of one completion; `steps` are those of its steps as a JSON list, `seconds` what it took to score."""
+
+    problem_id: str
+    sample_index: int
+    reward: float
+    steps: str
+    seconds: float
+
+
+Row = SampleRow | ScoreRow | RewardRow
+R = TypeVar("R", SampleRow, RewardRow)
 _TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool_", "str | None": "string"}
 
 
@@ -297,9 +309,14 @@ def _read_rows(path: Path, row_type: type[Any]) -> list[Any]:
 
 def append_samples(directory: Path, rows: list[SampleRow]) -> Path:
     """Stores rows as the next part-NNNNN.parquet of a directory; returns the new file."""
+    return append_rows(directory, rows, SampleRow)
+
+
+def append_rows(directory: Path, rows: list[Any], row_type: type[Row]) -> Path:
+    """`append_samples` for rows of any one type."""
     numbers = [int(path.stem.removeprefix("part-")) for path in _parts(directory)]
     path = directory / f"part-{max(numbers, default=-1) + 1:05d}.parquet"
-    write_rows(path, rows, SampleRow)
+    write_rows(path, rows, row_type)
     return path
 
 
@@ -312,10 +329,20 @@ def read_samples(directory: Path) -> list[SampleRow]:
 
     BadInput names the part that is broken or that holds a (problem, sample index) a second time.
     """
-    rows: list[SampleRow] = []
+    return read_parts(directory, SampleRow)
+
+
+def read_rewards(directory: Path) -> list[RewardRow]:
+    """The rewards of one model's samples; errors as in `read_samples`."""
+    return read_parts(directory, RewardRow)
+
+
+def read_parts(directory: Path, row_type: type[R]) -> list[R]:
+    """Every row of every part of a directory of samples or rewards."""
+    rows: list[R] = []
     seen: set[tuple[str, int]] = set()
     for path in _parts(directory):
-        for row in _read_rows(path, SampleRow):
+        for row in _read_rows(path, row_type):
             if (row.problem_id, row.sample_index) in seen:
                 raise BadInput(f"{path}: holds sample {row.sample_index} of problem {row.problem_id} a second time")
             seen.add((row.problem_id, row.sample_index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Graded:
     samples: list[SampleRow]
     scores: list[ScoreRow]
     timed: bool = True
+    rewards: dict[tuple[str, int], float] | None = None
 
 
 def grade(samples: Sequence[SampleRow], problems: Sequence[Problem]) -> list[ScoreRow]:
@@ -65,7 +67,8 @@ def read_graded(run: Path, name: str) -> Graded:
 
 
 def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
-    """JSONL rows with `problem`, `answer`, `completions` and, where it was measured, `t_end` (seconds, a list as long).
+    """JSONL rows with `problem`, `answer`, `completions` and, where they were measured, lists as long of seconds:
+    `t_end`, and `t_start`, without which they cannot be replayed.
 
     Returns the problems, a sample for every completion, and whether all of them are timed. Raises BadInput naming the
     file, the row and the field.
@@ -86,26 +89,39 @@ def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
         numbers = isinstance(ends, list) and all(isinstance(end, int | float) for end in ends)
         if not numbers or len(ends) != len(texts):
             raise BadInput(f"{path}: row {number}: t_end: expected {len(texts)} numbers of seconds, one a completion")
+        starts = row.get("t_start", [math.nan] * len(texts))
+        if not isinstance(starts, list) or len(starts) != len(texts):
+            raise BadInput(f"{path}: row {number}: t_start: expected {len(texts)} numbers of seconds, one a completion")
         samples += [
-            SampleRow(problem.id, index, 0, text, 0, "stop", 0.0, float(end), 0.0, path.stem)
-            for index, (text, end) in enumerate(zip(texts, ends, strict=True))
+            SampleRow(problem.id, index, 0, text, 0, "stop", float(begun), float(end), 0.0, path.stem)
+            for index, (text, begun, end) in enumerate(zip(texts, starts, ends, strict=True))
         ]
     return problems, samples, timed
 
 
-def read_source(source: Path, problems_file: Path | None) -> tuple[list[Problem], Graded]:
-    """Grades a directory of samples, whose problems stand in `problems_file`, or completions in JSONL."""
-    from thinkfast.data.problems import load_problems
+def read_texts(source: Path, problems_file: Path | None) -> tuple[list[Problem], list[SampleRow], bool]:
+    """Problems, samples and whether they are timed: a directory of samples, whose problems stand in `problems_file`
+    or are a public set of that name, or completions in JSONL."""
+    from thinkfast.data.sets import open_problems
 
-    if source.is_dir():
-        samples = records.read_samples(source)
-        if not samples:
-            raise BadInput(f"{source}: holds no part-*.parquet with samples")
-        if problems_file is None:
-            raise BadInput(f"{source}: --problems is needed to grade a directory of samples")
-        problems, timed = load_problems(problems_file), True
-    else:
-        problems, samples, timed = read_completions(source)
+    if not source.is_dir():
+        return read_completions(source)
+    samples = records.read_samples(source)
+    if not samples:
+        raise BadInput(f"{source}: holds no part-*.parquet with samples")
+    if problems_file is None:
+        raise BadInput(f"{source}: --problems is needed to grade a directory of samples")
+    problems = open_problems(problems_file)
+    known = {problem.id for problem in problems}
+    strange = next((row.problem_id for row in samples if row.problem_id not in known), None)
+    if strange is not None:
+        raise BadInput(f"{source}: a sample is of problem {strange!r}, which {problems_file} does not hold")
+    return problems, samples, True
+
+
+def read_source(source: Path, problems_file: Path | None) -> tuple[list[Problem], Graded]:
+    """`read_texts`, graded."""
+    problems, samples, timed = read_texts(source, problems_file)
     try:
         return problems, Graded(samples, grade(samples, problems), timed)
     except BadInput as error:
@@ -120,30 +136,18 @@ def grade_source(source: Path, problems_file: Path | None, out: Path | None) -> 
     return {"problems": len(problems), "samples": len(graded.samples), **scored(graded, problems)}
 
 
+def sample_counts(directory: Path) -> dict[str, int]:
+    """Finished samples of every problem that has any, in a directory of samples."""
+    counts: dict[str, int] = {}
+    for row in records.read_samples(directory):
+        if row.finish_reason != CUT_OFF:
+            counts[row.problem_id] = counts.get(row.problem_id, 0) + 1
+    return counts
+
+
 def source_name(source: Path) -> str:
     """What a source is called: its directory, or its file up to the first dot."""
     return source.resolve().name if source.is_dir() else source.name.split(".")[0]
-
-
-def compare_sources(
-    sources: Sequence[Path], problems_file: Path | None, settings: Compare, out: Path | None
-) -> dict[str, Any]:
-    """The curves of several sources over the same problems, each called by its file or directory name."""
-    graded: dict[str, Graded] = {}
-    first: list[Problem] = []
-    for source in sources:
-        problems, entry = read_source(source, problems_file)
-        first = first or problems
-        if [(problem.id, problem.answer) for problem in problems] != [(p.id, p.answer) for p in first]:
-            raise BadInput(f"{source}: its problems are not those of {sources[0]}")
-        name = source_name(source)
-        if name in graded:
-            raise BadInput(f"{source}: two sources are called {name!r}")
-        graded[name] = entry
-    document = compare(graded, first, settings)
-    if out is not None:
-        records.write_json(out, document)
-    return document
 
 
 def table(graded: Graded, problems: Sequence[Problem]) -> Table:
@@ -160,17 +164,26 @@ def table(graded: Graded, problems: Sequence[Problem]) -> Table:
         t_end=np.array([row.t_end for row, _ in pairs], dtype=np.float64),
         answer_class=np.array([score.answer_class for _, score in pairs], dtype=np.int64),
         correct=np.array([score.correct for _, score in pairs], dtype=bool),
+        seconds=np.array([row.t_end - row.t_start for row, _ in pairs], dtype=np.float64) if graded.timed else None,
+        score=None
+        if graded.rewards is None
+        else np.array([graded.rewards[row.problem_id, row.sample_index] for row, _ in pairs], dtype=np.float64),
     )
 
 
 def compare(graded: Mapping[str, Graded], problems: Sequence[Problem], settings: Compare) -> dict[str, Any]:
     """The document of `curves.json`; without measured times it ends at the curves against k."""
+    tables = {name: table(entry, problems) for name, entry in graded.items()}
+    return compare_tables(tables, len(problems), settings)
+
+
+def compare_tables(tables: Mapping[str, Table], problems: int, settings: Compare) -> dict[str, Any]:
+    """`compare` of tables; a table without seconds was not timed."""
     from thinkfast.scale.budget import curves
 
-    tables = {name: table(entry, problems) for name, entry in graded.items()}
-    timed = all(entry.timed for entry in graded.values())
+    timed = all(entry.seconds is not None for entry in tables.values())
     grid = settings.grid.seconds if timed else [1.0]
-    document = curves(tables, len(problems), settings.baseline, grid, settings.ks, settings.seed, settings.replicates)
+    document = curves(tables, problems, settings.baseline, grid, settings.ks, settings.seed, settings.replicates)
     if timed:
         return document
     return {key: value for key, value in document.items() if key not in ("seconds", "by_time", "difference", "wins")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,41 @@ class Problem:
     solution: str | None = None
 
 
-def load_problems(path: Path | str) -> list[Problem]:
+Complain = Callable[[str], None]
+"""Takes one line about a row that cannot be used."""
+
+
+def refuse(line: str) -> None:
+    """A `Complain` that stops at the first unusable row."""
+    raise BadInput(line)
+
+
+def load_problems(path: Path | str, complain: Complain = refuse) -> list[Problem]:
     """Reads a set; a row without `id` is called by its number.
 
-    Raises BadInput naming the file, the row and the field for a missing file, a broken row, an empty set, a missing or
-    empty problem or answer, or an id that occurs twice.
+    Raises BadInput naming the file for a missing file and an empty set. `complain` gets a line with the file, the row
+    and the field for a broken row, a missing or empty problem or answer, and an id that occurs twice; such a row is
+    left out when it returns.
     """
     source = Path(path)
     if not source.is_file():
         raise BadInput(f"{source}: no problem file there")
-    rows = _parquet(source) if source.suffix == ".parquet" else _jsonl(source)
+    rows = _parquet(source) if source.suffix == ".parquet" else _jsonl(source, complain)
+    return collect_problems(str(source), rows, complain)
+
+
+def collect_problems(source: str, rows: Iterable[tuple[int, Any]], complain: Complain = refuse) -> list[Problem]:
+    """Problems out of numbered rows; errors as in `load_problems`."""
     found: dict[str, Problem] = {}
     for number, row in rows:
-        problem = _problem(source, number, row)
+        try:
+            problem = _problem(source, number, row)
+        except BadInput as error:
+            complain(str(error))
+            continue
         if problem.id in found:
-            raise BadInput(f"{source}: row {number}: id {problem.id!r} occurs twice")
+            complain(f"{source}: row {number}: id {problem.id!r} occurs twice")
+            continue
         found[problem.id] = problem
     if not found:
         raise BadInput(f"{source}: no problems in it")
@@ -48,7 +69,7 @@ def dump_problems(problems: Iterable[Problem]) -> str:
     return "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
 
 
-def _problem(source: Path, number: int, row: Any) -> Problem:
+def _problem(source: str, number: int, row: Any) -> Problem:
     if not isinstance(row, dict):
         raise BadInput(f"{source}: row {number}: expected an object, got {type(row).__name__}")
     texts = {}
@@ -69,15 +90,19 @@ def _problem(source: Path, number: int, row: Any) -> Problem:
     )
 
 
-def _jsonl(source: Path) -> Iterator[tuple[int, Any]]:
-    with source.open(encoding="utf-8") as lines:
+def _jsonl(source: Path, complain: Complain) -> Iterator[tuple[int, Any]]:
+    with (
+        gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else source.open(encoding="utf-8") as lines
+    ):
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise BadInput(f"{source}: row {number}: not valid JSON: {error.msg}") from error
+                complain(f"{source}: row {number}: not valid JSON: {error.msg}")
+                continue
+            yield number, row
 
 
 def _parquet(source: Path) -> Iterator[tuple[int, Any]]:

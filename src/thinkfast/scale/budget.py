@@ -21,6 +21,7 @@ from thinkfast.scale.estimate import (
     percentile_interval,
     simultaneous_band,
 )
+from thinkfast.scale.ranked import best_at_k, soft_weights, weighted_at_k
 
 METRICS = ("coverage", "majority")
 
@@ -31,6 +32,8 @@ class Table:
 
     problem: int, 0 .. problems-1. sample_index: int. t_end: seconds on the model's clock. answer_class: int, equal
     within a problem for equal answers, -1 for an answer that votes for nobody. correct: bool, constant on a class.
+    seconds: what the sample took in its slot, where known. score: its reward, where there is one; the curves then have
+    best of n and weighted best of n, whose weights are exp(score).
     """
 
     problem: Ints
@@ -38,6 +41,8 @@ class Table:
     t_end: Floats
     answer_class: Ints
     correct: NDArray[np.bool_]
+    seconds: Floats | None = None
+    score: Floats | None = None
 
 
 def curves(
@@ -74,13 +79,13 @@ def curves(
     weights = bootstrap_weights(problems, replicates, seed)
     fewest = min(int(np.bincount(table.problem, minlength=problems).min()) for table in tables.values())
     sizes = [k for k in ks if k <= fewest]
-    by_k = {name: _values_by_k(table, problems, sizes, seed) for name, table in tables.items()}
-    by_time = {name: _values_by_time(table, problems, grid) for name, table in tables.items()}
+    by_k = {name: values_by_k(table, problems, sizes, seed) for name, table in tables.items()}
+    by_time = {name: values_by_time(table, problems, grid) for name, table in tables.items()}
     differences: dict[str, dict[str, Any]] = {}
     wins: list[dict[str, Any]] = []
     for name in (name for name in tables if name != baseline):
         differences[name] = {}
-        for metric in METRICS:
+        for metric in (metric for metric in by_time[name] if metric in by_time[baseline]):
             curve = _difference(by_time[name][metric] - by_time[baseline][metric], weights, confidence)
             differences[name][metric] = {key: column.tolist() for key, column in curve.items()}
             wins += _wins(name, metric, grid, curve)
@@ -103,7 +108,7 @@ def curves(
 
 
 def _check(name: str, table: Table, problems: int) -> None:
-    columns = vars(table)
+    columns = {key: column for key, column in vars(table).items() if column is not None}
     if len({np.shape(column) for column in columns.values()}) != 1 or np.ndim(table.problem) != 1:
         shapes = ", ".join(f"{key} {np.shape(column)}" for key, column in columns.items())
         raise BadInput(f"{name}: columns of equal length expected, not {shapes}")
@@ -130,7 +135,7 @@ def _check(name: str, table: Table, problems: int) -> None:
         raise BadInput(f"{name}: answer_class = {klass[mixed[0]]} of problem {problem[mixed[0]]} is right and wrong")
 
 
-def _values_by_time(table: Table, problems: int, grid: Floats) -> dict[str, Floats]:
+def values_by_time(table: Table, problems: int, grid: Floats) -> dict[str, Floats]:
     """Per problem and grid point (problems, points): is a counted sample right; share of the vote that is right."""
     point = np.searchsorted(grid * problems, table.t_end)
     shape = (problems, len(grid))
@@ -149,7 +154,30 @@ def _values_by_time(table: Table, problems: int, grid: Floats) -> dict[str, Floa
     shares = _running(np.where(leads, right, 0.0), problem, count) / np.maximum(tied, 1)
     majority = np.full(shape, np.nan)
     majority[problem[leads], point[order][leads]] = shares[leads]
-    return {"coverage": np.maximum.accumulate(covered, axis=1).astype(np.float64), "majority": _carried(majority)}
+    values = {"coverage": np.maximum.accumulate(covered, axis=1).astype(np.float64), "majority": _carried(majority)}
+    if table.score is not None:
+        values |= _ranked_by_time(table, table.score, point, problems, len(grid))
+    return values
+
+
+def _ranked_by_time(table: Table, score: Floats, point: Ints, problems: int, points: int) -> dict[str, Floats]:
+    """Best of n and weighted best of n of the samples that count, (problems, points) each."""
+    rows = np.flatnonzero((point < points) & (table.answer_class >= 0))
+    problem, klass, at = table.problem[rows], table.answer_class[rows], point[rows]
+    width = int(klass.max(initial=0)) + 1
+    right = np.zeros((problems, width))
+    right[problem[table.correct[rows]], klass[table.correct[rows]]] = 1.0
+    weight = np.zeros((problems, points, width))
+    np.add.at(weight, (problem, at, klass), soft_weights(problem, score[rows], problems))
+    weight = weight.cumsum(axis=1)
+    best = np.full((problems, points, width), -np.inf)
+    np.maximum.at(best, (problem, at, klass), score[rows])
+    best = np.maximum.accumulate(best, axis=1)
+    found = {}
+    for name, value, none in (("best_of_n", best, -np.inf), ("weighted", weight, 0.0)):
+        leads = (value == value.max(axis=2, keepdims=True)) & (value > none)
+        found[name] = (leads * right[:, None, :]).sum(axis=2) / np.maximum(leads.sum(axis=2), 1)
+    return found
 
 
 def _running(values: Floats, *keys: NDArray[Any]) -> Floats:
@@ -182,7 +210,7 @@ def _carried(values: Floats) -> Floats:
     return np.nan_to_num(np.take_along_axis(values, last, axis=1))
 
 
-def _values_by_k(table: Table, problems: int, ks: Sequence[int], seed: int) -> dict[str, Floats]:
+def values_by_k(table: Table, problems: int, ks: Sequence[int], seed: int) -> dict[str, Floats]:
     """Per problem and k (problems, ks): pass@k and maj@k."""
     samples = np.bincount(table.problem, minlength=problems)
     right = np.bincount(table.problem[table.correct], minlength=problems)
@@ -204,7 +232,13 @@ def _values_by_k(table: Table, problems: int, ks: Sequence[int], seed: int) -> d
     others[np.arange(len(others)), slot[correct]] = 0
     majority = np.zeros((problems, len(ks)))
     np.add.at(majority, owner[correct], majority_shares(count[correct], others, silent[owner[correct]], ks, seed))
-    return {"coverage": coverage, "majority": majority}
+    values = {"coverage": coverage, "majority": majority}
+    if table.score is not None and len(ks):
+        columns = (table.answer_class >= 0, table.correct, problems, ks)
+        values["best_of_n"] = best_at_k(table.problem, table.score, *columns)
+        heavy = soft_weights(table.problem, table.score, problems)
+        values["weighted"] = weighted_at_k(table.problem, heavy, table.answer_class, table.correct, problems, ks, seed)
+    return values
 
 
 def _samples(table: Table, problems: int, grid: Floats) -> Floats:
@@ -214,7 +248,7 @@ def _samples(table: Table, problems: int, grid: Floats) -> Floats:
 
 def _summary(values: Mapping[str, Floats], weights: Floats, confidence: float) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    for metric in METRICS:
+    for metric in values:
         low, high = percentile_interval(values[metric], weights, confidence)
         mean = values[metric].mean(axis=0)
         summary[metric] = {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}

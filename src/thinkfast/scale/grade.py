@@ -1,4 +1,4 @@
-"""Which answer a completion gives, and which answers are mathematically equal.
+"""Which answers are mathematically equal, and which completions therefore vote together.
 
 Numbers are compared exactly. Everything else goes to math-verify in processes of their own, each of which the kernel
 ends when one comparison exceeds its time, so that no answer can hold up or bring down the caller.
@@ -21,88 +21,16 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
+from thinkfast.data.answers import extract_answer as extract_answer
+from thinkfast.data.answers import tidy
+
 _STARTUP_SECONDS = 120.0
-_PATIENCE = 4.0  # seconds on the wall for a second of processor time
+_PATIENCE = 24.0  # seconds on the wall for a second of processor time: a busy machine must change no verdict
 _NUMBER = re.compile(r"([+-]?)(\d{1,200}(?:\.\d{0,200})?|\.\d{1,200})(?: ?/ ?([+-]?\d{1,200}(?:\.\d{1,200})?))?")
 _FRACTION = re.compile(r"([+-]?)\\[dtc]?frac *(?:\{([+-]?\d{1,200})\}|(\d)) *(?:\{([+-]?\d{1,200})\}|(\d))")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{align")
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-_COUNTED = re.compile(r"(\$?[+-]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?) +([a-z]+(?: [a-z]+)*)\.?", re.IGNORECASE)
-_SCALING = re.compile(
-    r"and|or|to|plus|minus|times|by|over|percent|pct|half|halves|\w*(third|quarter|fourth|fifth|sixth|eighth|tenth)s?"
-    r"|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|k|m|[a-z]",
-    re.IGNORECASE,
-)
-_STATED = (
-    re.compile(r"####[ \t]*(.+)"),
-    re.compile(r"answer is:?[ \t]*(.+?)(?=\.\s|\.?$)", re.IGNORECASE | re.MULTILINE),
-    re.compile(r"^[ \t*]*(?:final answer|answer|a)[ \t*]*:[ \t*]*(.+)", re.IGNORECASE | re.MULTILINE),
-)
-
-
-def extract_answer(text: str) -> str | None:
-    r"""The answer a completion states, or None.
-
-    The first of these rules that applies decides: the last \boxed{...}, where one that is cut off means no answer
-    rather than an earlier box; the last "#### X"; the last "the answer is X", up to the end of the sentence; the last
-    line "Answer: X" or "A: X". A dollar sign, a final full stop and thousands commas are taken off, and so are words
-    after a number that only say what is counted ("18 dollars").
-    """
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start >= 0:
-        content = _boxed(text[start:])
-        return _tidy(content) or None if content is not None else None
-    for rule in _STATED:
-        found = rule.findall(text)
-        if found:
-            return _tidy(_without_unit(found[-1].strip())) or None
-    return None
-
-
-def _without_unit(stated: str) -> str:
-    found = _COUNTED.fullmatch(stated)
-    if found and not any(_SCALING.fullmatch(word) for word in found[2].split()):
-        return found[1]
-    return stated
-
-
-def _boxed(text: str) -> str | None:
-    """Content of the box that text begins with; None when it is not closed."""
-    body = re.sub(r"^\\[a-z]+\s*", "", text)
-    if not body.startswith("{"):
-        bare = re.match(r"[^\s$]+", body)
-        return bare.group() if bare else None
-    depth, escaped = 0, False
-    for position, character in enumerate(body):
-        if escaped or character == "\\":
-            escaped = not escaped
-        elif character in "{}":
-            depth += 1 if character == "{" else -1
-            if depth == 0:
-                return body[1:position]
-    return None
-
-
-def _tidy(answer: str) -> str:
-    """The answer without outer spaces, math delimiters, emphasis, currency, full stop and thousands commas."""
-    text, before = answer.replace("−", "-").strip(), None
-    while text != before:
-        before = text
-        text = text.removeprefix("\\$").removesuffix("\\$").removeprefix("**").removesuffix("**")
-        if text.endswith(".") and not text.endswith(("..", "\\right.")):
-            text = text[:-1]
-        for opening, closing in _WRAPPERS:
-            inside = text[len(opening) : -len(closing)]
-            if text == opening + inside + closing and opening not in inside and closing not in inside:
-                text = inside
-        if text.count("$") == 1:
-            text = text.strip("$")
-        text = text.strip()
-    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", "", text)
-    if re.search(r"[()\[\]={}]", text) is None:
-        text = _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
-    return text
+_NOT_ONE_EQUATION = re.compile(r"[<>,;:!$\n]|\\(?:leq?|geq?|neq?|lt|gt|in|begin|text)(?![a-z])|[A-Za-z]{3}")
+_UNKNOWN_TERM = re.compile(r"\d[a-z]|[a-z][^=]*[-+^]|[-+][^=]*[a-z]", re.IGNORECASE)
 
 
 def _number(text: str) -> Fraction | None:
@@ -125,6 +53,21 @@ def _number(text: str) -> Fraction | None:
 def _key(text: str) -> Fraction | str:
     value = _number(text)
     return text if value is None else value
+
+
+def _is_relation(text: str) -> bool:
+    """Whether a text is an equation between unknowns, which has no value that a bare expression could equal.
+
+    "x = 5" and "f(x) = 2x" name a value and "2 + 3 = 5" computes one; "2x + z = 1" and "7 = 11a + c" do neither.
+    """
+    bare = re.sub(r"\\(?:left|right|sqrt|[dt]?frac|cdot|times|pi)(?![a-z])", " ", text)
+    sides = re.sub(r"_\{?\w+\}?", "", bare).split("=")
+    if len(sides) != 2 or _NOT_ONE_EQUATION.search(bare):
+        return False
+    # A lone name, f(x) among them, is what the other side gives the value of.
+    if any(re.fullmatch(r"\s*\\?[A-Za-z]+'?\s*(?:\([^()]*\))?\s*", side) for side in sides):
+        return False
+    return any(_UNKNOWN_TERM.search(side) for side in sides)
 
 
 def equivalent(gold: str, prediction: str) -> bool:
@@ -174,7 +117,7 @@ class Grader:
 
     def equal(self, gold: str, prediction: str) -> bool:
         """`equivalent`, with the limits of this grader."""
-        gold, prediction = _tidy(gold), _tidy(prediction)
+        gold, prediction = tidy(gold), tidy(prediction)
         return bool(gold and prediction and self._compare(gold, prediction))
 
     def grade(self, gold: str, answers: Sequence[str | None]) -> tuple[list[int], list[bool]]:
@@ -185,8 +128,8 @@ class Grader:
         do not depend on the order of the answers, and correct is `equal(gold, answer)`, the same for a whole class.
         An answer is given up at the first comparison that exceeds its time, and is then in a class of its own.
         """
-        texts = [_tidy(answer) if answer is not None else "" for answer in answers]
-        gold = _tidy(gold)
+        texts = [tidy(answer) if answer is not None else "" for answer in answers]
+        gold = tidy(gold)
         keys = {text: _key(text) for text in [gold, *texts] if text}
         home = {keys[gold]: gold} if gold else {}
         representatives = [gold] if gold else []
@@ -216,6 +159,8 @@ class Grader:
         first, second = _key(gold), _key(prediction)
         if first == second or (isinstance(first, Fraction) and isinstance(second, Fraction)):
             return first == second
+        if (_is_relation(gold) and "=" not in prediction) or (_is_relation(prediction) and "=" not in gold):
+            return False
         pair = (min(gold, prediction), max(gold, prediction))
         if pair not in self._verdicts:
             self._verdicts[pair] = self._ask(pair)

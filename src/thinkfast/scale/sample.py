@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from thinkfast import progress, records
-from thinkfast.data.chat import render_prompt
+from thinkfast.data.chat import PROMPTS, Prompt, render_prompt
 from thinkfast.data.problems import Problem, dump_problems
 from thinkfast.data.tokenizer import load_tokenizer
+from thinkfast.errors import BadInput
 from thinkfast.recipe import SampleSettings
 from thinkfast.records import SampleRow
+from thinkfast.scale import cluster
 
 if TYPE_CHECKING:
     from thinkfast.engine.engine import Engine
@@ -50,11 +53,14 @@ def sample_model(
     out_dir: Path,
     name: str | None = None,
     update: progress.Update = progress.silent,
+    prompt: Prompt = PROMPTS["plain"],
+    workers: int = 0,
 ) -> Drawn:
     """Draws up to `settings.n` samples a problem within `settings.seconds` of clock into part files of `out_dir`.
 
     The clock starts with the first prefill; loading, the choice of slots and grading are outside it. When interrupted,
     everything finished so far is kept and the next call goes on. `update` gets the share that is done, 0 to 1.
+    prompt: how problems are put; kept in run.json. workers: processes of a Ray cluster; 0 draws in this process.
     Raises BadInput for an unusable model, and when `out_dir` holds samples of other settings.
     """
     from thinkfast.model.checkpoint import read_config
@@ -63,12 +69,16 @@ def sample_model(
     load_tokenizer(model_dir)
     inputs = {"model": records.hash_path(model_dir, records.MODEL_FILES), "problems": problems_hash(problems)}
     described = settings.model_dump(mode="json")
+    if prompt != PROMPTS["plain"]:
+        described["prompt"] = asdict(prompt)
+    if workers and len(settings.slots) != 1:
+        raise BadInput(f"slots = {list(settings.slots)}: one number is expected when workers draw")
     with records.locked(out_dir), records.stage(out_dir, name="sample", settings=described, inputs=inputs) as run:
         drawn = _on_disk(run)
         if not run.done:
             if run.resuming:
                 run.note("resumes", [*run.notes.get("resumes", []), {"samples": drawn.samples, "clock": drawn.seconds}])
-            drawn = _draw(model_dir, problems, settings, run, name or model_dir.name, update)
+            drawn = _draw(model_dir, problems, settings, run, name or model_dir.name, update, prompt, workers)
     return drawn
 
 
@@ -91,15 +101,13 @@ def _draw(
     run: records.Stage,
     name: str,
     update: progress.Update,
+    prompt: Prompt,
+    workers: int,
 ) -> Drawn:
-    import torch
-
-    from thinkfast.engine.engine import Engine
     from thinkfast.engine.sampling import SamplingParams
-    from thinkfast.model.checkpoint import load_model
 
-    tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
-    prompts = [render_prompt(tokenizer, problem.problem) for problem in problems]
+    tokenizer = load_tokenizer(model_dir)
+    prompts = [render_prompt(tokenizer, problem.problem, prompt) for problem in problems]
     params = SamplingParams(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
@@ -107,9 +115,6 @@ def _draw(
         top_k=settings.top_k,
         seed=settings.seed,
     )
-    engine = Engine(model, slots=_slots(model, prompts, params, settings, run))
-    run.note("engine", {"backend": engine.backend, "threads": torch.get_num_threads()})
-    _trial(engine, prompts[:1], params, deadline=0.5)
     place = {problem.id: index for index, problem in enumerate(problems)}
     before = _on_disk(run)
     skip = frozenset((place[row.problem_id], row.sample_index) for row in records.read_samples(run.directory))
@@ -129,19 +134,39 @@ def _draw(
             model=name,
         )
 
-    with _Writer(run, row, before.seconds) as writer:
-        finished = engine.stream(
-            prompts, settings.n, params, deadline=settings.seconds, skip=skip, clock_start=before.seconds
-        )
+    here = _in_process(model_dir, prompts, params, settings, run)
+    there = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers)
+    with there if workers else here as stream, _Writer(run, row, before.seconds) as writer:
+        finished = stream(skip, before.seconds, settings.seconds)
         for count, (problem, index, sample) in enumerate(finished, before.samples + 1):
             writer.add(problem, index, sample)
             tokens += len(sample.token_ids)
             share = max(sample.t_end / settings.seconds, count / (settings.n * len(problems)))
             update(min(share, 1.0), f"{count} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s")
+    if workers:
+        run.note("slots", {"chosen": settings.slots[0]})
+        run.note("engine", {"workers": workers, "threads": 1})
     del run.notes["clock"]
     drawn = _on_disk(run)
     run.note("drawn", {"samples": drawn.samples, "tokens": drawn.tokens, "seconds": drawn.seconds})
     return drawn
+
+
+@contextmanager
+def _in_process(
+    model_dir: Path, prompts: list[list[int]], params: SamplingParams, settings: SampleSettings, run: records.Stage
+) -> Iterator[cluster.Stream]:
+    """One engine in this process, warm."""
+    import torch
+
+    from thinkfast.engine.engine import Engine
+    from thinkfast.model.checkpoint import load_model
+
+    model = load_model(model_dir)
+    engine = Engine(model, slots=_slots(model, prompts, params, settings, run))
+    run.note("engine", {"backend": engine.backend, "threads": torch.get_num_threads()})
+    _trial(engine, prompts[:1], params, deadline=0.5)
+    yield lambda skip, clock, deadline: engine.stream(prompts, settings.n, params, deadline, skip, clock)
 
 
 def _slots(

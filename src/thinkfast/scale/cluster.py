@@ -1,0 +1,139 @@
+"""Spreads sampling over the workers of a Ray cluster. Needs `pip install thinkfast[ray]`.
+
+Every worker is a process of one thread with a model and an engine of its own. The driver hands out sample indices round
+by round in portions and gets every sample as it finishes, so that a worker that dies costs only what it was decoding.
+What is drawn depends on the seed, the prompt and the sample index alone, hence not on the number of workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkfast.errors import BadInput
+from thinkfast.records import Failed
+
+if TYPE_CHECKING:
+    from thinkfast.engine.sampling import Sample, SamplingParams
+
+Pair = tuple[int, int]
+Stream = Callable[[Collection[Pair], float, float], Iterator[tuple[int, int, "Sample"]]]
+"""Takes the pairs already drawn, the clock's start and its deadline."""
+
+ROUNDS_A_PORTION = 4
+DEATHS_IN_A_ROW = 8
+
+
+class Worker:
+    """What runs in a worker process; Ray makes an actor of it."""
+
+    def __init__(self, model_dir: str, prompts: Sequence[Sequence[int]], params: SamplingParams, slots: int) -> None:
+        import torch
+
+        from thinkfast.engine.engine import Engine
+        from thinkfast.model.checkpoint import load_model
+
+        torch.set_num_threads(1)
+        self._prompts, self._params = prompts, params
+        self._engine = Engine(load_model(Path(model_dir)), slots=slots)
+        for _ in self._engine.stream(prompts[:1], 1, params, deadline=0.5):
+            pass
+
+    def ready(self) -> str:
+        """The backend; answering means that the model is loaded and warm."""
+        return self._engine.backend
+
+    def draw(self, pairs: Sequence[Pair], origin: float, deadline: float) -> Iterator[tuple[int, int, Sample]]:
+        """Draws these samples; the clock shows 0 at `origin`, seconds since the epoch."""
+        places = list(dict.fromkeys(problem for problem, _ in pairs))
+        wanted = set(pairs)
+        n = 1 + max(index for _, index in pairs)
+        skip = {(i, j) for i, place in enumerate(places) for j in range(n) if (place, j) not in wanted}
+        prompts = [self._prompts[place] for place in places]
+        clock = time.time() - origin
+        for i, index, sample in self._engine.stream(prompts, n, self._params, deadline, skip, clock):
+            yield places[i], index, sample
+
+
+@contextmanager
+def workers(
+    model_dir: Path, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, slots: int, count: int
+) -> Iterator[Stream]:
+    """Starts `count` workers and yields what draws on them, as `Engine.stream` does; ends them with the block.
+
+    Joins the cluster that Ray's address names, or starts one on this machine. Raises BadInput without Ray or when the
+    cluster has fewer cores than workers.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise BadInput("--ray: needs the extra: pip install 'thinkfast[ray]'") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    actors: list[Any] = []
+    try:
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if count > cores:
+            raise BadInput(f"--ray {count}: the cluster has {cores} cores, one a worker is needed")
+        held = [tuple(prompt) for prompt in prompts]
+        actor = ray.remote(num_cpus=1)(Worker)
+
+        def start() -> Any:
+            actors.append(actor.remote(str(model_dir.resolve()), held, params, slots))
+            return actors[-1]
+
+        ray.get([start().ready.remote() for _ in range(count)])
+
+        def stream(skip: Collection[Pair], clock_start: float, deadline: float) -> Iterator[tuple[int, int, Sample]]:
+            left = deque((i, j) for j in range(n) for i in range(len(prompts)) if (i, j) not in skip)
+            return _dispatch(start, actors[:count], left, slots * ROUNDS_A_PORTION, time.time() - clock_start, deadline)
+
+        yield stream
+    finally:
+        for one in actors:
+            ray.kill(one)
+        if started:
+            ray.shutdown()
+
+
+def _dispatch(
+    start: Callable[[], Any], actors: Sequence[Any], left: deque[Pair], portion: int, origin: float, deadline: float
+) -> Iterator[tuple[int, int, Sample]]:
+    """Keeps every worker busy with one portion; a dead one is replaced and what it owed goes back to the front."""
+    import ray
+
+    running: dict[Any, tuple[Any, set[Pair]]] = {}
+    idle, deaths = list(actors), 0
+    while True:
+        while idle and left and time.time() - origin < deadline:
+            # The last portions are small, so that the workers end together.
+            size = min(portion, max(1, len(left) // (2 * len(actors))), len(left))
+            pairs = [left.popleft() for _ in range(size)]
+            actor = idle.pop()
+            running[actor.draw.options(num_returns="streaming").remote(pairs, origin, deadline)] = (actor, set(pairs))
+        if not running:
+            return
+        for generator in ray.wait(list(running), num_returns=1, fetch_local=False)[0]:
+            actor, owed = running[generator]
+            try:
+                problem, index, sample = ray.get(next(generator))
+            except StopIteration:
+                del running[generator]
+                idle.append(actor)
+                continue
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                deaths += 1
+                if isinstance(error, ray.exceptions.RayTaskError) or deaths > DEATHS_IN_A_ROW:
+                    raise Failed(f"a sampling worker failed: {str(error).splitlines()[-1]}") from None
+                del running[generator]
+                left.extendleft(sorted(owed, key=lambda pair: (pair[1], pair[0]), reverse=True))
+                idle.append(start())
+                continue
+            deaths = 0
+            owed.discard((problem, index))
+            yield problem, index, sample

@@ -1,0 +1,240 @@
+"""Where time pays: fronts and crossings of compared models, adaptive against uniform sampling, and the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkfast import records
+from thinkfast.errors import BadInput
+from thinkfast.recipe import Compare
+from thinkfast.results import compare_tables, curves_in_words, read_source, source_name, table
+
+if TYPE_CHECKING:
+    from thinkfast.scale.budget import Table
+    from thinkfast.scale.estimate import Ints
+
+
+def read_tables(
+    sources: Sequence[Path], problems_file: Path | None, rewards: Sequence[Path] = ()
+) -> tuple[dict[str, Table], int]:
+    """The graded samples of every source, by its name, and the number of problems.
+
+    rewards: none, or a directory of rewards for each source. Raises BadInput for other problems than those of the first
+    source, two sources of one name, and samples without a reward.
+    """
+    from dataclasses import replace
+
+    if rewards and len(rewards) != len(sources):
+        raise BadInput(f"{len(rewards)} directories of rewards for {len(sources)} sources: expected one each")
+    tables: dict[str, Table] = {}
+    first: list[tuple[str, str]] = []
+    for place, source in enumerate(sources):
+        problems, graded = read_source(source, problems_file)
+        asked = [(problem.id, problem.answer) for problem in problems]
+        first = first or asked
+        if asked != first:
+            raise BadInput(f"{source}: its problems are not those of {sources[0]}")
+        name = source_name(source)
+        if name in tables:
+            raise BadInput(f"{source}: two sources are called {name!r}")
+        if rewards:
+            held = {(row.problem_id, row.sample_index): row.reward for row in records.read_rewards(rewards[place])}
+            lacking = next((r for r in graded.samples if (r.problem_id, r.sample_index) not in held), None)
+            if lacking is not None:
+                sample = f"sample {lacking.sample_index} of problem {lacking.problem_id}"
+                raise BadInput(f"{rewards[place]}: no reward for {sample} of {source}")
+            graded = replace(graded, rewards=held)
+        tables[name] = table(graded, problems)
+    return tables, len(first)
+
+
+def frontier(
+    tables: Mapping[str, Table], problems: int, settings: Compare, price_per_hour: float | None = None
+) -> dict[str, Any]:
+    """For coverage and majority (and best of n where there are rewards): the front, and every other model against the
+    baseline: `crossings`, `speedups`. With a price also `dollars`, per thousand problems, at every budget."""
+    import numpy as np
+
+    from thinkfast.scale.budget import values_by_time
+    from thinkfast.scale.estimate import bootstrap_weights
+    from thinkfast.scale.frontier import crossings, dollars, pareto_front, speedups
+
+    seconds = np.array(settings.grid.seconds)
+    weights = bootstrap_weights(problems, settings.replicates, settings.seed)
+    values = {name: values_by_time(one, problems, seconds) for name, one in tables.items()}
+    metrics = [metric for metric in values[settings.baseline] if all(metric in row for row in values.values())]
+    document: dict[str, Any] = {"seconds": seconds.tolist(), "baseline": settings.baseline, "metrics": {}}
+    for metric in metrics:
+        base = values[settings.baseline][metric]
+        others = {name: row[metric] for name, row in values.items() if name != settings.baseline}
+        document["metrics"][metric] = {
+            "front": pareto_front({name: row[metric].mean(axis=0) for name, row in values.items()}, seconds),
+            "crossings": {name: crossings(base, row, seconds, weights) for name, row in others.items()},
+            "speedups": {name: speedups(base, row, seconds, weights) for name, row in others.items()},
+        }
+    if price_per_hour is not None:
+        document["dollars"] = dollars(seconds.tolist(), price_per_hour)
+    return document
+
+
+def adapt(tables: Mapping[str, Table], problems: int, settings: Compare, error: float, slots: int) -> dict[str, Any]:
+    """Majority against time when decided problems stop, beside uniform sampling, replayed from measured samples.
+
+    For every model both curves and their paired difference with its simultaneous band.
+    """
+    import numpy as np
+
+    from thinkfast.scale.adaptive import allocate, uniform
+    from thinkfast.scale.estimate import bootstrap_weights, simultaneous_band
+
+    seconds = np.array(settings.grid.seconds)
+    weights = bootstrap_weights(problems, settings.replicates, settings.seed)
+    document: dict[str, Any] = {"seconds": seconds.tolist(), "error": error, "slots": slots, "models": {}}
+    for name, one in tables.items():
+        spent, even = allocate(one, problems, seconds, error, slots), uniform(one, problems, seconds, slots)
+        low, high = simultaneous_band(spent - even, weights, 0.95)
+        document["models"][name] = {
+            "adaptive": spent.mean(axis=0).tolist(),
+            "uniform": even.mean(axis=0).tolist(),
+            "difference": {
+                "mean": (spent - even).mean(axis=0).tolist(),
+                "band_low": low.tolist(),
+                "band_high": high.tolist(),
+            },
+        }
+    return document
+
+
+def plan(tables: Mapping[str, Table], problems: int, ks: Sequence[int], pilot: int, seed: int = 0) -> dict[str, Any]:
+    """Coverage and majority at every k foretold from the first `pilot` samples of each problem, beside what all samples
+    say, for every model. `seconds` is the time a problem that k samples take at the pilot's rate."""
+    import numpy as np
+
+    from thinkfast.scale.budget import values_by_k
+    from thinkfast.scale.planner import plan_coverage, plan_majority
+
+    document: dict[str, Any] = {"pilot": pilot, "k": list(ks), "models": {}}
+    for name, one in tables.items():
+        fewest = int(np.bincount(one.problem, minlength=problems).min())
+        if not 1 <= pilot <= fewest:
+            raise BadInput(f"{name}: pilot = {pilot}: expected 1 to {fewest}, the fewest samples of a problem")
+        early = one.sample_index < pilot
+        tallies, right = _tallies(one, early, problems)
+        counts = np.bincount(one.problem[early], minlength=problems)
+        good = np.bincount(one.problem[early & one.correct], minlength=problems)
+        rate = float(one.t_end[early].max()) / max(int(early.sum()), 1)
+        known = [k for k in ks if k <= fewest]
+        observed = {
+            metric: row.mean(axis=0).tolist() for metric, row in values_by_k(one, problems, known, seed).items()
+        }
+        document["models"][name] = {
+            "seconds": [k * rate for k in ks],
+            "coverage": plan_coverage(good, counts, ks, seed),
+            "majority": plan_majority(tallies, right, ks, seed),
+            "observed": {"k": known} | {metric: observed[metric] for metric in ("coverage", "majority")},
+        }
+    return document
+
+
+def _tallies(one: Table, rows: Any, problems: int) -> tuple[list[Ints], list[int]]:
+    """Votes a class of every problem with the silent ones last, and which of them is right (-1: not seen)."""
+    import numpy as np
+
+    tallies, right = [], []
+    for problem in range(problems):
+        mine = rows & (one.problem == problem)
+        voting = mine & (one.answer_class >= 0)
+        names, counts = np.unique(one.answer_class[voting], return_counts=True)
+        good = set(one.answer_class[mine & one.correct].tolist())
+        right.append(next((place for place, klass in enumerate(names.tolist()) if klass in good), -1))
+        tallies.append(np.append(counts, int((mine & (one.answer_class < 0)).sum())))
+    return tallies, right
+
+
+def compare_sources(
+    sources: Sequence[Path],
+    problems_file: Path | None,
+    settings: Compare,
+    out: Path | None,
+    rewards: Sequence[Path] = (),
+    price_per_hour: float | None = None,
+) -> dict[str, Any]:
+    """The curves of several sources over the same problems and, where all are timed, their `frontier`."""
+    tables, problems = read_tables(sources, problems_file, rewards)
+    document = compare_tables(tables, problems, settings)
+    if all(one.seconds is not None for one in tables.values()):
+        document["frontier"] = frontier(tables, problems, settings, price_per_hour)
+    return _stored(document, out)
+
+
+def adapt_sources(
+    sources: Sequence[Path],
+    problems_file: Path | None,
+    span: tuple[float, float],
+    error: float,
+    slots: int,
+    out: Path | None,
+) -> dict[str, Any]:
+    """`adapt` of several sources, stored in `out` where given."""
+    from thinkfast.recipe import section
+
+    tables, problems = read_tables(sources, problems_file)
+    settings = section(Compare, {"grid": {"first": span[0], "last": span[1], "points": 25}})
+    return _stored(adapt(tables, problems, settings, error, slots), out)
+
+
+def plan_sources(
+    sources: Sequence[Path], problems_file: Path | None, ks: Sequence[int], pilot: int, seed: int, out: Path | None
+) -> dict[str, Any]:
+    """`plan` of several sources, stored in `out` where given."""
+    tables, problems = read_tables(sources, problems_file)
+    return _stored(plan(tables, problems, ks, pilot, seed), out)
+
+
+def _stored(document: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    if out is not None:
+        records.write_json(out, document)
+    return document
+
+
+def in_words(document: Mapping[str, Any]) -> list[str]:
+    """The curves in words, then who leads where and who overtakes whom."""
+    lines = curves_in_words(document)
+    for metric, found in document.get("frontier", {}).get("metrics", {}).items():
+        for part in found["front"]:
+            span = f"{part['from_seconds']:.3g} to {part['to_seconds']:.3g} s a problem"
+            lines.append(f"{metric}: {part['model']} leads from {span}")
+        for name, crossed in found["crossings"].items():
+            for row in crossed:
+                verb = "overtakes" if row["ahead_after"] else "falls behind"
+                place = f"{row['seconds']:.3g} s [{row['low']:.3g}, {row['high']:.3g}]"
+                lines.append(f"{metric}: {name} {verb} {document['baseline']} at {place}")
+    return lines
+
+
+def adapted_in_words(document: Mapping[str, Any]) -> list[str]:
+    """For every model the budget at which stopping decided votes gains most."""
+    lines = []
+    for name, row in document["models"].items():
+        gain = row["difference"]
+        at = max(range(len(gain["mean"])), key=gain["mean"].__getitem__)
+        band = f"[{gain['band_low'][at]:+.3f}, {gain['band_high'][at]:+.3f}]"
+        values = f"{row['adaptive'][at]:.3f} against {row['uniform'][at]:.3f}"
+        lines.append(f"{name}: {values} at {document['seconds'][at]:.3g} s a problem: {gain['mean'][at]:+.3f} {band}")
+    return lines
+
+
+def planned_in_words(document: Mapping[str, Any]) -> list[str]:
+    """A line for every model, metric and k: foretold with its interval, and observed where there are the samples."""
+    lines = []
+    for name, row in document["models"].items():
+        for metric in ("coverage", "majority"):
+            for place, k in enumerate(document["k"]):
+                told = row[metric]
+                band = f"{told['mean'][place]:.3f} [{told['low'][place]:.3f}, {told['high'][place]:.3f}]"
+                known = row["observed"]["k"]
+                seen = f", observed {row['observed'][metric][known.index(k)]:.3f}" if k in known else ""
+                lines.append(f"{name:<12} k {k:>4}  {metric} {band}{seen}")
+    return lines
