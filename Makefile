@@ -5,7 +5,7 @@ COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-scale compat llama harness load clean
+.PHONY: help demo test lint types bench bench-scale compat llama harness load package docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -51,8 +51,16 @@ load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, 
 bench-scale: $(VENV)/.demo-installed  ## rewards, adaptive sampling and the planner on the samples of `make demo`
 	$(BIN)/python scripts/bench_scale.py runs/demo --out benchmarks/results/scale
 
+package: $(VENV)/.dev-installed  ## wheel and sdist in dist/, checked
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+docs: $(VENV)/.dev-installed  ## the documentation site in site/
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:  ## remove what make and the tests wrote, but no runs
-	rm -rf $(VENV) .venv-compat .venv-harness build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-compat .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in before whatever depends on it, so that a build chosen by TORCH or by pip's settings stays.

@@ -371,14 +371,14 @@ def serve(
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """Tell what this machine has and what it lacks; status 1 when something is missing."""
-    from thinkfast.doctor import examine
+    """Tell what this machine has and what it lacks, and test the whole road; status 1 when something is wrong."""
+    from thinkfast.doctor import MARKS, examine
 
     findings = examine()
     for finding in findings:
-        print(f"{'ok' if finding.ok else 'NO':<4}{finding.what:<16}{finding.found}")
+        print(f"{MARKS[finding.ok]:<4}{finding.what:<16}{finding.found}")
     _finish([asdict(finding) for finding in findings], json_)
-    if not all(finding.ok for finding in findings):
+    if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)
 
 
