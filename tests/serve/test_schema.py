@@ -1,4 +1,4 @@
-"""Requests made from the server's own OpenAPI document, both valid and not: none of them breaks it."""
+"""Requests made from the server's own OpenAPI document, such as keep to it and such as do not: none breaks it."""
 
 from typing import Any
 

@@ -264,6 +264,10 @@ def _errors(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return answer(Refused(500, "something went wrong in the server", code="internal_error"))
+
     @app.exception_handler(EngineClosed)
     async def closed(request: Request, error: EngineClosed) -> Response:
         return answer(Refused(503, f"the engine stopped: {error}", code="engine_stopped", retry=30))

@@ -66,6 +66,10 @@ class Gate:
                 await self._app(scope, _replay(body, receive), tell)
         except (TimeoutError, OSError):
             facts["gone"] = True  # the client stopped reading, or is not there any more
+        except Exception:
+            status = 500
+            log.exception("failed", extra={"facts": {"id": identity.decode()}})
+            raise
         finally:
             self._note(scope, status, time.monotonic() - started, identity.decode(), facts)
 

@@ -6,9 +6,21 @@ import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Text = Annotated[str, Field(min_length=1)]
+
+def _unicode(text: str) -> str:
+    """JSON lets half a surrogate pair through; no tokenizer takes one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "Expected Unicode text") from None
+    return text
+
+
+Words = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Words, Field(min_length=1)]
 Strategy = Literal["majority", "best_of_n", "weighted", "adaptive"]
 Neutral = Annotated[float, Field(ge=0, le=0)]
 
@@ -36,7 +48,7 @@ class Common(Wire):
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Words | None = None
     presence_penalty: Neutral = 0
     frequency_penalty: Neutral = 0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -59,15 +71,15 @@ class Part(Wire):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Message(Wire):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
-    name: str | None = None
+    content: Words | Annotated[list[Part], Field(min_length=1)]
+    name: Words | None = None
 
     @property
     def text(self) -> str:
@@ -133,8 +145,9 @@ class Refused(Exception):
 
 def refuse_body(errors: Sequence[Any], fields: Sequence[str]) -> Refused:
     """The first thing that is wrong with a body: the field, what was expected and what was found."""
-    # Of a union's alternatives, the one that got furthest tells most, and a wrong type least.
-    error = max(errors, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type"), -errors.index(e)))
+    # The first field that is wrong. Of a union's alternatives, the one that got furthest tells most, a wrong type least.
+    mine = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    error = max(mine, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type"), -mine.index(e)))
     place = [str(part) for part in error["loc"] if part != "body"]
     place = [part for part in place if part.isdigit() or (part.isidentifier() and part not in ("str", "list", "int"))]
     if error["type"] == "json_invalid":
