@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from thinkfast import __version__
 from thinkfast.cli import app, main
@@ -35,24 +36,26 @@ def completions(tmp_path: Path) -> Path:
 
 
 def test_the_commands_are_these() -> None:
-    names = {(command.callback.__name__ if command.callback else "") for command in app.registered_commands}
+    names = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     assert names == {
-        "demo",
-        "run",
-        "convert",
-        "distill",
-        "sample",
-        "reward",
-        "train_reward",
-        "overlap",
-        "grade",
-        "compare",
-        "report",
+        "adapt",
         "bench",
-        "export",
-        "solve",
-        "serve",
+        "compare",
+        "convert",
+        "demo",
+        "distill",
         "doctor",
+        "export",
+        "grade",
+        "overlap",
+        "plan",
+        "report",
+        "reward",
+        "run",
+        "sample",
+        "serve",
+        "solve",
+        "train-reward",
     }
 
 

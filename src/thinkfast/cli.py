@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +12,24 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from thinkfast import __version__
+from thinkfast import __version__, spending_cli
 from thinkfast.errors import BadInput
+from thinkfast.options import (
+    Attention,
+    Init,
+    Json,
+    Model,
+    Out,
+    Overrides,
+    ProblemsFile,
+    Rewards,
+    Seed,
+    Solved,
+    Source,
+    Sources,
+    finish,
+    numbers,
+)
 
 app = typer.Typer(
     name="thinkfast",
@@ -22,22 +37,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(spending_cli.app)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-
-Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON on stdout.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. distill.lr=2e-5.")
-]
-Out = Annotated[Path | None, typer.Option(help="Where everything goes, by default runs/ and the recipe's name.")]
-Model = Annotated[Path, typer.Argument(help="A stock model directory, or 'bundled'.")]
-Solved = Annotated[Path, typer.Argument(help="JSONL or Parquet rows with problem, answer and solution.")]
-Attention = Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1,3; by default none.")]
-Init = Annotated[str, typer.Option(help="New mixers start from 'attention' or 'random'.")]
-Seed = Annotated[int, typer.Option(help="Fixes every random number.")]
-Source = Annotated[Path, typer.Argument(help="A directory of samples, or JSONL with problem, answer, completions.")]
-Sources = Annotated[list[Path], typer.Argument(help="Directories of samples, or JSONL with completions.")]
-Rewards = Annotated[list[Path] | None, typer.Option("--rewards", help="Rewards of the sources, in their order.")]
-ProblemsFile = Annotated[Path | None, typer.Option("--problems", help="What a directory of samples answers.")]
 
 
 @app.command()
@@ -51,7 +52,7 @@ def demo(
     from thinkfast import pipeline, runtime
 
     recipe = runtime.ASSETS / "recipes" / ("demo-quick.toml" if quick else "demo.toml")
-    _finish(pipeline.run_file(recipe, out, overrides or []), json_)
+    finish(pipeline.run_file(recipe, out, overrides or []), json_)
 
 
 @app.command()
@@ -64,7 +65,7 @@ def run(
     """Run every stage of a recipe; what is done is skipped, what is half done goes on."""
     from thinkfast import pipeline
 
-    _finish(pipeline.run_file(recipe, out, overrides or []), json_)
+    finish(pipeline.run_file(recipe, out, overrides or []), json_)
 
 
 @app.command()
@@ -80,7 +81,7 @@ def convert(
     from thinkfast import stages
     from thinkfast.recipe import Student, section
 
-    student = section(Student, {"name": "student", "attention": _numbers(attention), "init": init, "seed": seed})
+    student = section(Student, {"name": "student", "attention": numbers(attention), "init": init, "seed": seed})
     print(stages.convert_model(stages.teacher_directory(str(teacher)), student, data, out))
 
 
@@ -97,9 +98,9 @@ def distill(
     from thinkfast import pipeline
     from thinkfast.recipe import with_overrides
 
-    raw = {"student": [{"name": "student", "attention": _numbers(attention)}], "corpus": {"path": str(data)}}
+    raw = {"student": [{"name": "student", "attention": numbers(attention)}], "corpus": {"path": str(data)}}
     recipe = with_overrides(raw, "distill", overrides or [])
-    _finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out), json_)
+    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out), json_)
 
 
 @app.command()
@@ -127,64 +128,10 @@ def sample(
     from thinkfast.recipe import SampleSettings, section
 
     values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    values |= {"max_tokens": max_tokens, "slots": _numbers(slots), "seed": seed}
+    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    _finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
-
-
-@app.command()
-def reward(
-    model: Annotated[Path, typer.Argument(help="A verifier of train-reward, or a published reward model.")],
-    source: Source,
-    out: Annotated[Path, typer.Argument(help="A directory for the rewards.")],
-    problems: ProblemsFile = None,
-    how: Annotated[str, typer.Option(help="Step scores become one: last, min, product or mean.")] = "last",
-    layout: Annotated[str | None, typer.Option(help="Of a process model; by default what its files show.")] = None,
-    json_: Json = False,
-) -> None:
-    """Score every sample; goes on where it was cut off."""
-    from thinkfast import rewards
-
-    document = rewards.score_file(model, source, problems, out, rewards.known_how(how), layout)
-    print(f"{document['samples']:,} samples scored in {document['seconds']:.1f} s")
-    _finish(document, json_)
-
-
-@app.command()
-def train_reward(
-    model: Model,
-    source: Source,
-    out: Annotated[Path, typer.Argument(help="The verifier's directory.")],
-    problems: ProblemsFile = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 400,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Only the head learns.")] = False,
-    rollouts: Annotated[int, typer.Option(min=0, help="Continuations a step, to label steps with.")] = 0,
-    seed: Seed = 0,
-    json_: Json = False,
-) -> None:
-    """Train a verifier on graded samples; measured on every fourth problem, which it does not see."""
-    from thinkfast import rewards, stages
-
-    directory, values = stages.teacher_directory(str(model)), {"steps": steps, "lr": lr, "frozen": frozen, "seed": seed}
-    document = rewards.train_file(directory, source, problems, out, values, rollouts)
-    print("\n".join(rewards.verification_in_words(document)))
-    _finish(document, json_)
-
-
-@app.command()
-def overlap(
-    test: Annotated[str, typer.Argument(help="A problem set by name or file.")],
-    train: Annotated[str, typer.Argument(help="What a model was trained on, e.g. gsm8k:train.")],
-    json_: Json = False,
-) -> None:
-    """Tell which problems of a test set also stand in a training set."""
-    from thinkfast.data.overlap import report_overlap
-
-    document = report_overlap(test, train)
-    print(f"{document['overlapping']} of {document['problems']} problems of {test} stand in {train}")
-    _finish(document, json_)
+    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
 
 
 @app.command()
@@ -199,7 +146,7 @@ def grade(
 
     shares = results.grade_source(source, problems, out)
     print(", ".join(f"{key} {value:.4g}" for key, value in shares.items()))
-    _finish(shares, json_)
+    finish(shares, json_)
 
 
 @app.command()
@@ -221,48 +168,11 @@ def compare(
     from thinkfast import results, spending
     from thinkfast.recipe import Compare, section
 
-    values = {"baseline": baseline or results.source_name(sources[0]), "ks": _numbers(ks), "seed": seed}
+    values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
     document = spending.compare_sources(sources, problems, settings, out, rewards or [], price)
     print("\n".join(spending.in_words(document)))
-    _finish(document, json_)
-
-
-@app.command()
-def adapt(
-    sources: Sources,
-    problems: ProblemsFile = None,
-    error: Annotated[float, typer.Option(help="Chance that a stopped vote would still turn.")] = 0.05,
-    slots: Annotated[int, typer.Option(min=1, help="Samples side by side, as in the run.")] = 128,
-    first: Annotated[float, typer.Option("--from", help="First seconds a problem.")] = 0.01,
-    last: Annotated[float, typer.Option("--to", help="Last seconds a problem.")] = 0.2,
-    out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
-    json_: Json = False,
-) -> None:
-    """Replay timed samples with decided votes stopped, against sampling all problems alike."""
-    from thinkfast import spending
-
-    document = spending.adapt_sources(sources, problems, (first, last), error, slots, out)
-    print("\n".join(spending.adapted_in_words(document)))
-    _finish(document, json_)
-
-
-@app.command()
-def plan(
-    sources: Sources,
-    problems: ProblemsFile = None,
-    pilot: Annotated[int, typer.Option(min=1, help="Samples a problem to learn from.")] = 4,
-    ks: Annotated[str, typer.Option(help="Samples a problem to foretell.")] = "1,2,4,8,16,32,64",
-    out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
-    seed: Seed = 0,
-    json_: Json = False,
-) -> None:
-    """Foretell coverage and majority with more samples from the first few of each problem."""
-    from thinkfast import spending
-
-    document = spending.plan_sources(sources, problems, _numbers(ks), pilot, seed, out)
-    print("\n".join(spending.planned_in_words(document)))
-    _finish(document, json_)
+    finish(document, json_)
 
 
 @app.command()
@@ -291,8 +201,8 @@ def bench(
     from thinkfast import pipeline
     from thinkfast.recipe import Bench, section
 
-    settings = section(Bench, {"batches": _numbers(batches), "contexts": _numbers(contexts)})
-    _finish(pipeline.bench_file(models, settings, out), json_)
+    settings = section(Bench, {"batches": numbers(batches), "contexts": numbers(contexts)})
+    finish(pipeline.bench_file(models, settings, out), json_)
 
 
 @app.command()
@@ -318,7 +228,7 @@ def export(
     else:
         document = export_model(source, out, form, dtype, compat)
         print("\n".join([document["out"], *(f"note: {warning}" for warning in document["warnings"])]))
-    _finish(document, json_)
+    finish(document, json_)
 
 
 @app.command()
@@ -343,7 +253,7 @@ def solve(
     settings = terminal.settings(budget, strategy, n, temperature, slots, seed)
     texts = terminal.read_texts(problem, problems)
     found = terminal.solve_texts(stages.teacher_directory(str(model)), texts, settings)
-    _finish(found[0] if problem not in (None, "-") else found, json_)
+    finish(found[0] if problem not in (None, "-") else found, json_)
 
 
 @app.command()
@@ -377,22 +287,9 @@ def doctor(json_: Json = False) -> None:
     findings = examine()
     for finding in findings:
         print(f"{MARKS[finding.ok]:<4}{finding.what:<16}{finding.found}")
-    _finish([asdict(finding) for finding in findings], json_)
+    finish([asdict(finding) for finding in findings], json_)
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)
-
-
-def _numbers(text: str) -> list[int]:
-    """Whole numbers out of "1,3"."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise BadInput(f"{text!r}: expected whole numbers with commas, e.g. 1,3") from None
-
-
-def _finish(document: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(document))
 
 
 def _show_version(wanted: bool) -> None:
