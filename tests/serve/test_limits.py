@@ -43,7 +43,7 @@ def post(address: str, body: Any, path: str = CHAT, **options: Any) -> httpx.Res
         ({"n": "3"}, "n", "n: input should be a valid integer, not '3'"),
         ({"top_p": 0}, "top_p", "greater than 0, not 0"),
         ({"seed": 2**63}, "seed", "seed: input should be less than"),
-        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        ({"stop": ["a", ""]}, "stop.1", "at least 1"),
         ({"stop": list("abcde")}, "stop", "at most 4 items"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 5000}, "max_tokens", "max_tokens: expected at most 700 behind a prompt of"),
