@@ -145,7 +145,7 @@ class Refused(Exception):
 
 def refuse_body(errors: Sequence[Any], fields: Sequence[str]) -> Refused:
     """The first thing that is wrong with a body: the field, what was expected and what was found."""
-    # The first field that is wrong; of a union's alternatives, the one that got furthest tells most.
+    # The first wrong field. Of a union's alternatives, the one that got furthest tells most, a wrong type least.
     mine = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     error = max(mine, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type"), -mine.index(e)))
     place = [str(part) for part in error["loc"] if part != "body"]
