@@ -94,9 +94,9 @@ def test_each_prompt_is_prefilled_once_and_forgotten(make_model: Callable[..., D
     fed: list[tuple[int, ...]] = []
     prefill = memory.prefill
 
-    def counted(prompts: list[tuple[int, ...]]) -> object:
+    def counted(prompts: list[tuple[int, ...]], behind: object) -> object:
         fed.extend(prompts)
-        return prefill(prompts)
+        return prefill(prompts, behind)
 
     memory.prefill = counted
     engine.sample(PROMPTS, 4, PARAMS)

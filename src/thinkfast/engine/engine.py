@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from thinkfast.engine.backends import Backend, Kept, Memory, open_backend
-from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams, prompt_key, sample_key
+from thinkfast.engine.backends import Backend, Memory, open_backend
+from thinkfast.engine.prefill import Desk
+from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams
 from thinkfast.engine.slots import Rounds, SlotTable
 from thinkfast.errors import BadInput
 from thinkfast.model.decoder import Decoder
 
 Result = tuple[int, int, Sample]
-PREFILL_AHEAD = 8
 
 
 class Engine:
@@ -108,33 +107,36 @@ class Engine:
         deadline: float | None,
         clock_start: float,
     ) -> Iterator[Result]:
-        if rounds.exhausted:
+        if rounds.head is None:
             return
         memory = self._take_memory(max(map(len, prompts)) + params.max_tokens)
         table = SlotTable(self.slots, params, self.config.vocab_size, self.config.eos_token_ids)
-        prefixes = _Prefixes(memory, prompts, rounds, params.seed)
+        desk = Desk(memory, prompts, rounds, params.seed)
         until = math.inf if deadline is None else deadline
         origin = time.monotonic() - clock_start
+
+        def clock() -> float:
+            return time.monotonic() - origin
+
         try:
             while True:
-                for slot in np.flatnonzero(~table.active).tolist():
-                    now = time.monotonic() - origin
-                    pair = next(rounds, None) if now < until else None
-                    if pair is None:
-                        break
-                    prefixes.start(table, slot, pair, now)
-                now = time.monotonic() - origin
+                if clock() < until and desk.admit(table, clock):
+                    desk.feed()
+                    if clock() < until:
+                        desk.admit(table, clock)
                 rows = np.flatnonzero(table.active).astype(np.int32)
-                if not len(rows):
-                    return
+                now = clock()
                 if now >= until:
                     for slot in rows.tolist():
                         yield _result(table, slot, DEADLINE, now)
                     return
-                finished = table.advance(rows, *memory.step(table, rows))
-                now = time.monotonic() - origin
-                for done in finished:
-                    yield _result(table, done.slot, done.reason, now)
+                if len(rows):
+                    finished = table.advance(rows, *memory.step(table, rows))
+                    now = clock()
+                    for done in finished:
+                        yield _result(table, done.slot, done.reason, now)
+                elif desk.done:
+                    return
         finally:
             self._memory = memory
 
@@ -144,36 +146,6 @@ class Engine:
         if memory is None or not self._backend.fits(memory, capacity):
             memory = self._backend.memory(self.slots, capacity)
         return memory
-
-
-class _Prefixes:
-    """The states behind all but the last token of each prompt, from the first need of it to its last sample."""
-
-    def __init__(self, memory: Memory, prompts: list[tuple[int, ...]], rounds: Rounds, seed: int) -> None:
-        self._memory, self._prompts, self._rounds, self._seed = memory, prompts, rounds, seed
-        self._kept: dict[int, tuple[Kept, int]] = {}
-        self._waiting = deque(index for index in range(len(prompts)) if rounds.left(index))
-
-    def start(self, table: SlotTable, slot: int, pair: tuple[int, int], now: float) -> None:
-        """Puts a sample into a slot."""
-        prompt = self._prompts[pair[0]]
-        if pair[0] not in self._kept:
-            self._prefill(pair[0])
-        kept, key = self._kept[pair[0]]
-        self._memory.fork(kept, slot)
-        table.admit(slot, pair, prompt[-1], len(prompt) - 1, sample_key(key, pair[1]), now)
-        if not self._rounds.left(pair[0]):
-            del self._kept[pair[0]]
-
-    def _prefill(self, needed: int) -> None:
-        """Computes a prompt and, so that threads have work, those that come next."""
-        together = [needed]
-        self._waiting.remove(needed)
-        while self._waiting and len(together) < PREFILL_AHEAD:
-            together.append(self._waiting.popleft())
-        states = self._memory.prefill([self._prompts[index][:-1] for index in together])
-        for index, state in zip(together, states, strict=True):
-            self._kept[index] = (state, prompt_key(self._seed, self._prompts[index]))
 
 
 def _result(table: SlotTable, slot: int, reason: str, now: float) -> Result:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from thinkfast.engine.backends import Kept
-from thinkfast.engine.engine import PREFILL_AHEAD, Engine
+from thinkfast.engine.engine import Engine
+from thinkfast.engine.prefill import Prefix, feed
 from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, prompt_key, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
@@ -87,7 +87,8 @@ class Ticket:
         self.deadline = request.deadline
         self.submitted = time.monotonic()
         self.key = prompt_key(request.params.seed, request.prompt)
-        self.kept: Kept | None = None
+        self.prefix = Prefix(request.prompt)
+        self.new = True
         self.running: dict[int, int] = {}
         self.sent: dict[int, int] = {}
         self.likely: dict[int, list[tuple[tuple[int, float], ...]]] = {}
@@ -161,7 +162,12 @@ class LiveEngine:
                 f"prompt and max_tokens are {asked} tokens, more than the engine's capacity of {self.capacity}"
             )
         ticket = Ticket(self, request, listener)
-        self.command(lambda: self._live.append(ticket))
+
+        def enter() -> None:
+            ticket.prefix = next((t.prefix for t in self._live if t.request.prompt == request.prompt), ticket.prefix)
+            self._live.append(ticket)
+
+        self.command(enter)
         return ticket
 
     def command(self, call: Callable[[], None]) -> None:
@@ -232,12 +238,11 @@ class LiveEngine:
     def _turn(self) -> None:
         """One step of decoding, with what must be done before and after it."""
         started = time.monotonic()
-        for ticket in list(self._live):
-            if ticket.deadline <= started:
-                self.close_ticket(ticket, DEADLINE)
-            elif not ticket.running and not ticket.unstarted(started, self._pace):
-                every = ticket.next >= ticket.request.n and not ticket.again
-                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
+        self._close_due(started)
+        waiting = {t.prefix: None for t in sorted(self._live, key=lambda t: t.deadline) if not t.prefix.ready}
+        if waiting:
+            feed(self._memory, waiting)
+            self._close_due(time.monotonic())
         self._admit()
         rows = np.flatnonzero(self._table.active).astype(np.int32)
         if not len(rows):
@@ -260,29 +265,36 @@ class LiveEngine:
         elapsed = now - started
         self._pace = elapsed if self._pace == 0 else (1 - PACE) * self._pace + PACE * elapsed
 
+    def _close_due(self, now: float) -> None:
+        """Closes what has reached its deadline, and what has nothing left to do."""
+        for ticket in list(self._live):
+            if ticket.deadline <= now:
+                self.close_ticket(ticket, DEADLINE)
+            elif not ticket.running and not ticket.unstarted(now, self._pace):
+                every = ticket.next >= ticket.request.n and not ticket.again
+                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
+
     def _admit(self) -> None:
-        """Prefills what is new, then hands out the slots."""
-        new = sorted((t for t in self._live if t.kept is None), key=lambda t: t.deadline)[:PREFILL_AHEAD]
-        if new:
-            states = self._memory.prefill([ticket.request.prompt[:-1] for ticket in new])
-            for ticket, state in zip(new, states, strict=True):
-                ticket.kept = state
+        """Hands out the slots."""
+        ready = [ticket for ticket in self._live if ticket.prefix.ready]
+        new = [ticket for ticket in ready if ticket.new]
         free = np.flatnonzero(~self._table.active).tolist()
         if not free and not new:
             return
         now = time.monotonic()
         share = max(1, self.engine.slots // max(1, len(self._live)))
-        waiting = [t for t in self._live if t.kept is not None and t.unstarted(now, self._pace)]
+        waiting = [ticket for ticket in ready if ticket.unstarted(now, self._pace)]
         while free and waiting:
             ticket = min(waiting, key=lambda t: _turn_of(t, share))
             self._start(ticket, free.pop(), now)
             if not ticket.unstarted(now, self._pace):
                 waiting.remove(ticket)
         for ticket in sorted(new, key=lambda t: t.deadline):
+            ticket.new = False
             while len(ticket.running) < share and ticket.unstarted(now, self._pace):
                 slot = self._take_from_the_largest(share)
                 if slot is None:
-                    return
+                    break
                 self._start(ticket, slot, now)
 
     def _take_from_the_largest(self, share: int) -> int | None:
@@ -306,8 +318,8 @@ class LiveEngine:
         else:
             index, ticket.next = ticket.next, ticket.next + 1
         prompt = ticket.request.prompt
-        assert ticket.kept is not None
-        self._memory.fork(ticket.kept, slot)
+        assert ticket.prefix.kept is not None
+        self._memory.fork(ticket.prefix.kept, slot)
         key = sample_key(ticket.key, index)
         self._table.admit(slot, (0, index), prompt[-1], len(prompt) - 1, key, now, ticket.request.params)
         ticket.served = now
