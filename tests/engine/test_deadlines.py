@@ -46,8 +46,8 @@ def test_a_call_ends_at_its_deadline_or_within_one_step(
     make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch, name: str, deadline: float
 ) -> None:
     engine = Engine(make_model(name), 3)
-    memory = Ticking(engine.open_memory(256))
-    monkeypatch.setattr(engine, "_take_memory", lambda capacity: memory)
+    memory = Ticking(engine.open_memory(engine.slots, 256))
+    monkeypatch.setattr(engine, "_take_memory", lambda slots, capacity: memory)
     monkeypatch.setattr(prefill, "CHUNK", 8)
     monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: memory.now))
     prompts = [[1, 2], [3] * 50, [4]]
@@ -65,8 +65,8 @@ def test_samples_that_end_before_the_deadline_are_whole(
     make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(make_model("hybrid"), 2)
-    memory = Ticking(engine.open_memory(256))
-    monkeypatch.setattr(engine, "_take_memory", lambda capacity: memory)
+    memory = Ticking(engine.open_memory(engine.slots, 256))
+    monkeypatch.setattr(engine, "_take_memory", lambda slots, capacity: memory)
     monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: memory.now))
     params = SamplingParams(max_tokens=10, ignore_eos=True)
     reasons = [[s.finish_reason for s in row] for row in engine.sample([[1, 2], [3]], 2, params, deadline=15)]

@@ -81,8 +81,8 @@ def test_samples_step_on_while_a_long_prompt_is_fed(
     want = [[s.token_ids for s in row] for row in engine.sample(prompts, 3, PARAMS)]
     monkeypatch.setattr(prefill, "CHUNK", 16)
     monkeypatch.setattr(prefill, "ROUND", 40)
-    memory = Watched(engine.open_memory(256))
-    monkeypatch.setattr(engine, "_take_memory", lambda capacity: memory)
+    memory = Watched(engine.open_memory(engine.slots, 256))
+    monkeypatch.setattr(engine, "_take_memory", lambda slots, capacity: memory)
     assert [[s.token_ids for s in row] for row in engine.sample(prompts, 3, PARAMS)] == want
     fed = [sizes for kind, sizes in memory.log if kind == "feed"]
     assert all(size <= 16 for sizes in fed for size in sizes)

@@ -10,6 +10,7 @@ import numpy as np
 
 from thinkfast.engine.backends import Backend, Memory, open_backend
 from thinkfast.engine.prefill import Desk
+from thinkfast.engine.room import Plan, kept_bytes, machine_bytes, plan
 from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams
 from thinkfast.engine.slots import Rounds, SlotTable
 from thinkfast.errors import BadInput
@@ -23,15 +24,27 @@ class Engine:
 
     slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "torch", or "auto", the first that can
     be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's dtype in torch.
+    memory: bytes for states, keys and values, weights not counted; of the slots as many are used as fit, and prompts
+    whose states do not fit are fed again. Without it, slots that exceed the machine's memory are refused.
     The native backend copies the weights: make a new engine after training on.
-    Raises BadInput for slots < 1 or an unknown name.
+    Raises BadInput for slots < 1, memory < 1 or an unknown name.
     """
 
-    def __init__(self, model: Decoder, slots: int = 128, backend: str = "auto", kv_dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        slots: int = 128,
+        backend: str = "auto",
+        kv_dtype: str = "auto",
+        memory: int | None = None,
+    ) -> None:
         if slots < 1:
             raise BadInput(f"slots is {slots}, expected 1 or more")
+        if memory is not None and memory < 1:
+            raise BadInput(f"memory is {memory}, expected 1 byte or more")
         self.config = model.config
         self.slots = slots
+        self._budget, self._device = memory, model.embed_tokens.weight.device
         self._backend: Backend = open_backend(model, backend, kv_dtype)
         self._memory: Memory | None = None
 
@@ -72,15 +85,31 @@ class Engine:
         shows `deadline`, running samples end with finish_reason "deadline" and no more are started. It runs on while
         the caller handles a result.
         Raises BadInput for an empty prompt, a token id outside the vocabulary, a prompt that leaves no room for
-        max_tokens, or n < 1.
+        max_tokens, n < 1, or what does not fit into memory.
         """
         held = [tuple(int(token) for token in prompt) for prompt in prompts]
         self.check(held, n, params)
-        return self._run(held, Rounds(len(held), n, skip), params, deadline, clock_start)
+        longest = max(map(len, held), default=0)
+        room = self.plan(longest + params.max_tokens, longest)
+        return self._run(held, Rounds(len(held), n, skip), params, deadline, clock_start, room)
 
-    def open_memory(self, capacity: int) -> Memory:
+    def plan(self, capacity: int, prompt: int, lazy: bool = False) -> Plan:
+        """What fits into memory of sequences of at most `capacity` tokens behind prompts of at most `prompt`.
+
+        lazy: count on sequences that stay shorter, where a machine takes memory only once it is touched. Raises
+        BadInput where one request does not fit, or without a budget not every slot.
+        """
+        room = machine_bytes(self._device) if self._budget is None else self._budget
+        how = {"fewer": self._budget is not None, "lazy": lazy and self._device.type == "cpu"}
+        return plan(self.config, self._backend.kv_dtype, self.slots, capacity, prompt, room, **how)
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Bytes of the state behind so many tokens."""
+        return kept_bytes(self.config, tokens, self._backend.kv_dtype)
+
+    def open_memory(self, slots: int, capacity: int) -> Memory:
         """Memory of its own for `slots` sequences of at most `capacity` tokens. Raises MemoryError."""
-        return self._backend.memory(self.slots, capacity)
+        return self._backend.memory(slots, capacity)
 
     def check(self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams) -> None:
         """Raises BadInput as `stream` does."""
@@ -106,12 +135,13 @@ class Engine:
         params: SamplingParams,
         deadline: float | None,
         clock_start: float,
+        room: Plan,
     ) -> Iterator[Result]:
         if rounds.head is None:
             return
-        memory = self._take_memory(max(map(len, prompts)) + params.max_tokens)
-        table = SlotTable(self.slots, params, self.config.vocab_size, self.config.eos_token_ids)
-        desk = Desk(memory, prompts, rounds, params.seed)
+        memory = self._take_memory(room.slots, max(map(len, prompts)) + params.max_tokens)
+        table = SlotTable(room.slots, params, self.config.vocab_size, self.config.eos_token_ids)
+        desk = Desk(memory, prompts, rounds, params.seed, room.kept, self.kept_bytes)
         until = math.inf if deadline is None else deadline
         origin = time.monotonic() - clock_start
 
@@ -140,12 +170,13 @@ class Engine:
         finally:
             self._memory = memory
 
-    def _take_memory(self, capacity: int) -> Memory:
-        """The memory of the last call where it is large enough; a call that runs at the same time gets its own."""
+    def _take_memory(self, slots: int, capacity: int) -> Memory:
+        """The memory of the last call where it serves; a call that runs at the same time gets its own."""
         memory, self._memory = self._memory, None
-        if memory is None or not self._backend.fits(memory, capacity):
-            memory = self._backend.memory(self.slots, capacity)
-        return memory
+        if memory is not None and memory.slots == slots and self._backend.fits(memory, capacity):
+            return memory
+        del memory  # before the new one is made
+        return self._backend.memory(slots, capacity)
 
 
 def _result(table: SlotTable, slot: int, reason: str, now: float) -> Result:

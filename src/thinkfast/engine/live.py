@@ -87,7 +87,7 @@ class Ticket:
         self.deadline = request.deadline
         self.submitted = time.monotonic()
         self.key = prompt_key(request.params.seed, request.prompt)
-        self.prefix = Prefix(request.prompt)
+        self.prefix = Prefix(request.prompt, engine.engine.kept_bytes(len(request.prompt) - 1))
         self.new = True
         self.running: dict[int, int] = {}
         self.sent: dict[int, int] = {}
@@ -117,7 +117,7 @@ class LiveEngine:
     """Serves requests in a thread of its own until `close`.
 
     capacity: tokens of a prompt and its answer together, at most. `listener`s are called in the thread and must return
-    at once. Raises MemoryError where the slots do not fit into memory.
+    at once. Raises BadInput where a request of that capacity, or not every slot, fits into memory.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
@@ -125,11 +125,12 @@ class LiveEngine:
         self.tokens = self.dropped = 0
         """Tokens decoded, and those of them whose samples started anew."""
         self.broken: str | None = None
-        self._memory = engine.open_memory(self.capacity)
-        config = engine.config
+        config, room = engine.config, engine.plan(self.capacity, self.capacity, lazy=True)
+        self.slots, self._room = room.slots, room.kept
+        self._memory = engine.open_memory(self.slots, self.capacity)
         self._vocab = config.vocab_size
-        self._table = SlotTable(engine.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
-        self._owner: list[Ticket | None] = [None] * engine.slots
+        self._table = SlotTable(self.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
+        self._owner: list[Ticket | None] = [None] * self.slots
         self._live: list[Ticket] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -239,9 +240,8 @@ class LiveEngine:
         """One step of decoding, with what must be done before and after it."""
         started = time.monotonic()
         self._close_due(started)
-        waiting = {t.prefix: None for t in sorted(self._live, key=lambda t: t.deadline) if not t.prefix.ready}
-        if waiting:
-            feed(self._memory, waiting)
+        if unfed := self._unfed():
+            feed(self._memory, unfed)
             self._close_due(time.monotonic())
         self._admit()
         rows = np.flatnonzero(self._table.active).astype(np.int32)
@@ -274,6 +274,20 @@ class LiveEngine:
                 every = ticket.next >= ticket.request.n and not ticket.again
                 self.close_ticket(ticket, COMPLETE if every else DEADLINE)
 
+    def _unfed(self) -> list[Prefix]:
+        """The prompts to feed, by deadline; no more are begun than there is memory for."""
+        if all(ticket.prefix.ready for ticket in self._live):
+            return []
+        prefixes = dict.fromkeys(t.prefix for t in sorted(self._live, key=lambda t: t.deadline))
+        taken = sum(prefix.size for prefix in prefixes if prefix.kept is not None)
+        unfed = []
+        for prefix in prefixes:
+            begins = prefix.kept is None
+            if not prefix.ready and (not begins or not taken or taken + prefix.size <= self._room):
+                unfed.append(prefix)
+                taken += prefix.size if begins else 0
+        return unfed
+
     def _admit(self) -> None:
         """Hands out the slots."""
         ready = [ticket for ticket in self._live if ticket.prefix.ready]
@@ -282,7 +296,7 @@ class LiveEngine:
         if not free and not new:
             return
         now = time.monotonic()
-        share = max(1, self.engine.slots // max(1, len(self._live)))
+        share = max(1, self.slots // max(1, len(self._live)))
         waiting = [ticket for ticket in ready if ticket.unstarted(now, self._pace)]
         while free and waiting:
             ticket = min(waiting, key=lambda t: _turn_of(t, share))

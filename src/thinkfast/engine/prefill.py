@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -18,10 +18,13 @@ AHEAD = 8
 
 
 class Prefix:
-    """All but the last token of a prompt, and the state behind as many of them as have been fed."""
+    """All but the last token of a prompt, and the state behind as many of them as have been fed.
 
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self.tokens = tuple(prompt[:-1])
+    size: bytes of the state behind all of them.
+    """
+
+    def __init__(self, prompt: Sequence[int], size: int = 0) -> None:
+        self.tokens, self.size = tuple(prompt[:-1]), size
         self.kept: Kept | None = None
 
     @property
@@ -54,17 +57,29 @@ class Desk:
     """Lets the samples of a list of prompts into free slots, in rounds.
 
     A prompt is fed when its first sample is next, once however many samples it has and however often it is listed, and
-    its state is forgotten with the last of them.
+    its state is forgotten with the last of them. Where the states would take more than `limit` bytes, by `size` of
+    their tokens, the one whose turn is furthest away is forgotten before, and fed again for it.
     """
 
-    def __init__(self, memory: Memory, prompts: Sequence[tuple[int, ...]], rounds: Rounds, seed: int) -> None:
-        self._memory, self._rounds = memory, rounds
+    def __init__(
+        self,
+        memory: Memory,
+        prompts: Sequence[tuple[int, ...]],
+        rounds: Rounds,
+        seed: int,
+        limit: int,
+        size: Callable[[int], int],
+    ) -> None:
+        self._memory, self._rounds, self._limit = memory, rounds, limit
         one: dict[tuple[int, ...], Prefix] = {}
         self._of: dict[int, tuple[Prefix, int, int]] = {}  # with the last token and the key
         for index, prompt in enumerate(prompts):
             if rounds.left(index):
-                self._of[index] = one.setdefault(prompt, Prefix(prompt)), prompt[-1], prompt_key(seed, prompt)
+                if prompt not in one:
+                    one[prompt] = Prefix(prompt, size(len(prompt) - 1))
+                self._of[index] = one[prompt], prompt[-1], prompt_key(seed, prompt)
         self._ahead = deque(one.values())
+        self._used: dict[Prefix, None] = {}  # kept for later rounds, the one used last at the end
 
     @property
     def done(self) -> bool:
@@ -83,19 +98,27 @@ class Desk:
             next(self._rounds)
             self._memory.fork(prefix.kept, slot)
             table.admit(slot, (prompt, index), last, prefix.kept.length, sample_key(key, index), clock())
-            if not self._rounds.left(prompt):
+            self._used.pop(prefix, None)
+            if self._rounds.left(prompt):
+                self._used[prefix] = None
+            else:
                 del self._of[prompt]
         return False
 
     def feed(self) -> None:
         """Feeds a piece of the next prompt and, so that threads have work, of those that come after it."""
+        if self._rounds.head is None:
+            return
+        first = self._of[self._rounds.head[0]][0]
         while self._ahead and self._ahead[0].ready:
             self._ahead.popleft()
-        if self._rounds.head is not None:
-            feed(self._memory, self._in_turn(self._of[self._rounds.head[0]][0]))
-
-    def _in_turn(self, first: Prefix) -> Iterator[Prefix]:
-        yield first
+        together, taken = [first], 2 * first.size  # fed and kept
         for prefix in islice(self._ahead, AHEAD):
-            if prefix is not first and not prefix.ready:
-                yield prefix
+            if prefix is not first and taken + prefix.size <= self._limit:
+                taken += prefix.size
+                together += [] if prefix.ready else [prefix]
+        taken += sum(prefix.size for prefix in self._used)
+        while self._used and taken > self._limit:
+            forgotten, _ = self._used.popitem()
+            forgotten.kept, taken = None, taken - forgotten.size
+        feed(self._memory, together)
