@@ -74,6 +74,8 @@ class NativeBackend:
         config, mamba = model.config, model.config.mamba
         if mamba is not None and mamba.discrete:
             raise BuildError("the kernels have no Discrete Mamba-2")
+        if config.qkv_bias or config.qk_norm:
+            raise BuildError(f"the kernels have no {'QKV bias' if config.qkv_bias else 'QK norm'}")
         # Half the bytes a step, and wide enough for keys and values.
         self.kv_dtype = "float32" if kv_dtype == "float32" else "bfloat16"
         shape = Shape(
