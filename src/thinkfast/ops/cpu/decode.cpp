@@ -219,14 +219,14 @@ void tf_step(void* handle, int32_t n, const int32_t* slots, const int32_t* token
     });
 }
 
-// Feeds ids[offsets[i] .. offsets[i + 1]) to slots[i] from position 0, every slot on its own.
-void tf_prefill(void* handle, int32_t n, const int32_t* slots, const int64_t* offsets, const int32_t* ids) {
+// Feeds ids[offsets[i] .. offsets[i + 1]) to slots[i] from position starts[i], every slot on its own.
+void tf_prefill(void* handle, int32_t n, const int32_t* slots, const int32_t* starts, const int64_t* offsets, const int32_t* ids) {
     auto& pool = *static_cast<tf::Pool*>(handle);
     pool.workers.run(n, [&](int thread, int index) {
         tf::Row rows[tf::kTile] = {};
         for (int64_t at = offsets[index]; at < offsets[index + 1]; at += tf::kTile) {
             int count = (int)std::min<int64_t>(tf::kTile, offsets[index + 1] - at);
-            for (int i = 0; i < count; i++) rows[i] = {slots[index], ids[at + i], (int)(at + i - offsets[index])};
+            for (int i = 0; i < count; i++) rows[i] = {slots[index], ids[at + i], (int)(starts[index] + at + i - offsets[index])};
             pool.tile(*pool.scratch[thread], rows, count, false);
         }
     });

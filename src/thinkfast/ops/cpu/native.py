@@ -76,7 +76,7 @@ def library() -> ctypes.CDLL:
         "tf_pool_new": (pointer, [pointer, i32, i32, i32, i32, pointer, pointer]),
         "tf_pool_free": (None, [pointer]),
         "tf_step": (None, [pointer, i32, *[pointer] * 5, f64, i32, f64, *[pointer] * 3]),
-        "tf_prefill": (None, [pointer, i32, pointer, pointer, pointer]),
+        "tf_prefill": (None, [pointer, i32, *[pointer] * 4]),
         "tf_state_bytes": (i64, [pointer, i32]),
         "tf_state_save": (None, [pointer, i32, i32, pointer]),
         "tf_state_load": (None, [pointer, i32, i32, pointer]),
@@ -163,13 +163,15 @@ class NativePool:
         )
         return out, logprobs
 
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Feeds prompts[i] to slots[i] from position 0."""
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], starts: Sequence[int] = ()) -> None:
+        """Feeds prompts[i] to slots[i] behind the starts[i] tokens it holds, by default none."""
         offsets = np.zeros(len(prompts) + 1, np.int64)
         np.cumsum([len(prompt) for prompt in prompts], out=offsets[1:])
         ids = np.fromiter((token for prompt in prompts for token in prompt), np.int32, int(offsets[-1]))
         rows = np.asarray(slots, np.int32)
-        self._lib.tf_prefill(self._handle, len(prompts), rows.ctypes.data, offsets.ctypes.data, ids.ctypes.data)
+        held = np.asarray(starts or [0] * len(prompts), np.int32)
+        given = [array.ctypes.data for array in (rows, held, offsets, ids)]
+        self._lib.tf_prefill(self._handle, len(prompts), *given)
 
     def save(self, slot: int, length: int) -> NDArray[np.uint8]:
         """What a slot remembers after `length` tokens."""
