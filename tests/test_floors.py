@@ -21,6 +21,7 @@ FLOORS = {
     "spending": 6,
     "doctor": 5,
     "harness": 5,
+    "plugin": 5,
     "stages": 5,
     "scale": 4,
     "distill": 4,
