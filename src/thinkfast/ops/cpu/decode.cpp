@@ -371,10 +371,10 @@ void* tf_keep(void* pool, int32_t slot, int32_t length) {
     }
 }
 
-// Makes a slot go on from a kept state. Returns 1 where no page is left.
-int32_t tf_resume(void* pool, int32_t slot, const void* kept) {
+// Makes a slot go on from a kept state, on the same pages where `share`. Returns 1 where no page is left.
+int32_t tf_resume(void* pool, int32_t slot, const void* kept, int32_t share) {
     try {
-        static_cast<tf::Pool*>(pool)->memory.resume(slot, *static_cast<const tf::Kept*>(kept));
+        static_cast<tf::Pool*>(pool)->memory.resume(slot, *static_cast<const tf::Kept*>(kept), share != 0);
     } catch (const std::bad_alloc&) {
         return 1;
     }
