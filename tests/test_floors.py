@@ -17,6 +17,7 @@ FLOORS = {
     "serve": 5,
     "results": 5,
     "rewards": 6,
+    "retention": 6,
     "spending": 6,
     "doctor": 5,
     "harness": 5,

@@ -219,7 +219,7 @@ def test_handing_back_and_closing(open_engine: Open) -> None:
 def test_an_engine_that_breaks_says_so(open_engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     live = open_engine("pure", 2)
 
-    def fails(prompts: object) -> None:
+    def fails(prompts: object, behind: object) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(live._memory, "prefill", fails)

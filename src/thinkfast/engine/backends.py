@@ -31,8 +31,8 @@ class Memory(Protocol):
     slots: int
     capacity: int
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
-        """Feeds each prompt (possibly empty) and keeps the state behind it."""
+    def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
+        """Feeds each prompt (possibly empty), behind a kept state where one is given, and keeps the state behind it."""
 
     def fork(self, kept: Kept, slot: int) -> None:
         """Copies a kept state into a slot."""
@@ -77,6 +77,8 @@ class NativeBackend:
         config, mamba = model.config, model.config.mamba
         if mamba is not None and mamba.discrete:
             raise BuildError("the kernels have no Discrete Mamba-2")
+        if config.qkv_bias or config.qk_norm:
+            raise BuildError(f"the kernels have no {'QKV bias' if config.qkv_bias else 'QK norm'}")
         # Half the bytes a step, and wide enough for keys and values.
         self.kv_dtype = "float32" if kv_dtype == "float32" else "bfloat16"
         shape = Shape(
@@ -118,12 +120,20 @@ class NativeMemory:
         self.slots, self.capacity, self.threads = slots, capacity, threads
         self._pool = NativePool(model, slots + threads, capacity, half, threads)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+    def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
+        before = behind or [None] * len(prompts)
         kept = []
         for start in range(0, len(prompts), self.threads):
             together = prompts[start : start + self.threads]
-            self._pool.prefill(range(self.slots, self.slots + len(together)), together)
-            kept += [Kept(len(p), self._pool.keep(self.slots + lane, len(p))) for lane, p in enumerate(together)]
+            lanes = range(self.slots, self.slots + len(together))
+            held = [0] * len(together)
+            for at, state in enumerate(before[start : start + self.threads]):
+                if state is not None:
+                    self.fork(state, lanes[at])
+                    held[at] = state.length
+            self._pool.prefill(lanes, together, held)
+            for lane, length, prompt in zip(lanes, held, together, strict=True):
+                kept.append(Kept(length + len(prompt), self._pool.keep(lane, length + len(prompt))))
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
@@ -175,24 +185,25 @@ class TorchMemory:
         self._cache = new_cache(model.config, slots, capacity, dtype, device)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+    def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
         kept = []
-        for prompt in prompts:
-            cache = new_cache(self.model.config, 1, max(len(prompt), 1), self.dtype, self.device)
+        for prompt, before in zip(prompts, behind or [None] * len(prompts), strict=True):
+            length = len(prompt) + (before.length if before is not None else 0)
+            cache = new_cache(self.model.config, 1, max(length, 1), self.dtype, self.device)
+            if before is not None:
+                cache.copy_rows(_rows_of(before), torch.tensor([0]), torch.tensor([0]))
             if prompt:
                 self.model.hidden(torch.tensor([list(prompt)], device=self.device), cache)
-            kept.append(Kept(len(prompt), cache))
+            kept.append(Kept(length, cache))
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
-        if not isinstance(kept.state, Cache):
-            raise ValueError("a native state was given to the torch backend")
         row = torch.tensor([slot], device=self.device)
         for layer in self._cache.layers:
             if isinstance(layer, AttentionCache):
                 # A NaN left by an earlier sample would reach this one through a mask: 0 * NaN is NaN.
                 layer.keys[slot], layer.values[slot] = 0, 0
-        self._cache.copy_rows(kept.state, torch.zeros_like(row), row)
+        self._cache.copy_rows(_rows_of(kept), torch.zeros_like(row), row)
 
     @torch.inference_mode()
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
@@ -208,6 +219,12 @@ class TorchMemory:
         for params, at in table.groups(rows):
             drawn[at], logprobs[at] = draw(out[at], table.key[rows[at]], table.count[rows[at]], params)
         return drawn, logprobs
+
+
+def _rows_of(kept: Kept) -> Cache:
+    if not isinstance(kept.state, Cache):
+        raise ValueError("a native state was given to the torch backend")
+    return kept.state
 
 
 def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto", weights: str = "auto") -> Backend:

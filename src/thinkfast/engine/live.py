@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from thinkfast.engine.backends import Kept
-from thinkfast.engine.engine import PREFILL_AHEAD, Engine
+from thinkfast.engine.engine import Engine
+from thinkfast.engine.prefill import Prefix, feed
 from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, prompt_key, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
@@ -87,7 +87,8 @@ class Ticket:
         self.deadline = request.deadline
         self.submitted = time.monotonic()
         self.key = prompt_key(request.params.seed, request.prompt)
-        self.kept: Kept | None = None
+        self.prefix = Prefix(request.prompt, engine.engine.kept_bytes(len(request.prompt) - 1))
+        self.new = True
         self.running: dict[int, int] = {}
         self.sent: dict[int, int] = {}
         self.likely: dict[int, list[tuple[tuple[int, float], ...]]] = {}
@@ -116,7 +117,7 @@ class LiveEngine:
     """Serves requests in a thread of its own until `close`.
 
     capacity: tokens of a prompt and its answer together, at most. `listener`s are called in the thread and must return
-    at once. Raises MemoryError where the slots do not fit into memory.
+    at once. Raises BadInput where a request of that capacity, or not every slot, fits into memory.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
@@ -124,11 +125,12 @@ class LiveEngine:
         self.tokens = self.dropped = 0
         """Tokens decoded, and those of them whose samples started anew."""
         self.broken: str | None = None
-        self._memory = engine.open_memory(self.capacity)
-        config = engine.config
+        config, room = engine.config, engine.plan(self.capacity, self.capacity, lazy=True)
+        self.slots, self._room = room.slots, room.kept
+        self._memory = engine.open_memory(self.slots, self.capacity)
         self._vocab = config.vocab_size
-        self._table = SlotTable(engine.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
-        self._owner: list[Ticket | None] = [None] * engine.slots
+        self._table = SlotTable(self.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
+        self._owner: list[Ticket | None] = [None] * self.slots
         self._live: list[Ticket] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -161,7 +163,12 @@ class LiveEngine:
                 f"prompt and max_tokens are {asked} tokens, more than the engine's capacity of {self.capacity}"
             )
         ticket = Ticket(self, request, listener)
-        self.command(lambda: self._live.append(ticket))
+
+        def enter() -> None:
+            ticket.prefix = next((t.prefix for t in self._live if t.request.prompt == request.prompt), ticket.prefix)
+            self._live.append(ticket)
+
+        self.command(enter)
         return ticket
 
     def command(self, call: Callable[[], None]) -> None:
@@ -232,12 +239,10 @@ class LiveEngine:
     def _turn(self) -> None:
         """One step of decoding, with what must be done before and after it."""
         started = time.monotonic()
-        for ticket in list(self._live):
-            if ticket.deadline <= started:
-                self.close_ticket(ticket, DEADLINE)
-            elif not ticket.running and not ticket.unstarted(started, self._pace):
-                every = ticket.next >= ticket.request.n and not ticket.again
-                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
+        self._close_due(started)
+        if unfed := self._unfed():
+            feed(self._memory, unfed)
+            self._close_due(time.monotonic())
         self._admit()
         rows = np.flatnonzero(self._table.active).astype(np.int32)
         if not len(rows):
@@ -260,29 +265,50 @@ class LiveEngine:
         elapsed = now - started
         self._pace = elapsed if self._pace == 0 else (1 - PACE) * self._pace + PACE * elapsed
 
+    def _close_due(self, now: float) -> None:
+        """Closes what has reached its deadline, and what has nothing left to do."""
+        for ticket in list(self._live):
+            if ticket.deadline <= now:
+                self.close_ticket(ticket, DEADLINE)
+            elif not ticket.running and not ticket.unstarted(now, self._pace):
+                every = ticket.next >= ticket.request.n and not ticket.again
+                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
+
+    def _unfed(self) -> list[Prefix]:
+        """The prompts to feed, by deadline; no more are begun than there is memory for."""
+        if all(ticket.prefix.ready for ticket in self._live):
+            return []
+        prefixes = dict.fromkeys(t.prefix for t in sorted(self._live, key=lambda t: t.deadline))
+        taken = sum(prefix.size for prefix in prefixes if prefix.kept is not None)
+        unfed = []
+        for prefix in prefixes:
+            begins = prefix.kept is None
+            if not prefix.ready and (not begins or not taken or taken + prefix.size <= self._room):
+                unfed.append(prefix)
+                taken += prefix.size if begins else 0
+        return unfed
+
     def _admit(self) -> None:
-        """Prefills what is new, then hands out the slots."""
-        new = sorted((t for t in self._live if t.kept is None), key=lambda t: t.deadline)[:PREFILL_AHEAD]
-        if new:
-            states = self._memory.prefill([ticket.request.prompt[:-1] for ticket in new])
-            for ticket, state in zip(new, states, strict=True):
-                ticket.kept = state
+        """Hands out the slots."""
+        ready = [ticket for ticket in self._live if ticket.prefix.ready]
+        new = [ticket for ticket in ready if ticket.new]
         free = np.flatnonzero(~self._table.active).tolist()
         if not free and not new:
             return
         now = time.monotonic()
-        share = max(1, self.engine.slots // max(1, len(self._live)))
-        waiting = [t for t in self._live if t.kept is not None and t.unstarted(now, self._pace)]
+        share = max(1, self.slots // max(1, len(self._live)))
+        waiting = [ticket for ticket in ready if ticket.unstarted(now, self._pace)]
         while free and waiting:
             ticket = min(waiting, key=lambda t: _turn_of(t, share))
             self._start(ticket, free.pop(), now)
             if not ticket.unstarted(now, self._pace):
                 waiting.remove(ticket)
         for ticket in sorted(new, key=lambda t: t.deadline):
+            ticket.new = False
             while len(ticket.running) < share and ticket.unstarted(now, self._pace):
                 slot = self._take_from_the_largest(share)
                 if slot is None:
-                    return
+                    break
                 self._start(ticket, slot, now)
 
     def _take_from_the_largest(self, share: int) -> int | None:
@@ -306,8 +332,8 @@ class LiveEngine:
         else:
             index, ticket.next = ticket.next, ticket.next + 1
         prompt = ticket.request.prompt
-        assert ticket.kept is not None
-        self._memory.fork(ticket.kept, slot)
+        assert ticket.prefix.kept is not None
+        self._memory.fork(ticket.prefix.kept, slot)
         key = sample_key(ticket.key, index)
         self._table.admit(slot, (0, index), prompt[-1], len(prompt) - 1, key, now, ticket.request.params)
         ticket.served = now

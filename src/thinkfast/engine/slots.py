@@ -34,8 +34,9 @@ class Rounds:
         return pair
 
     @property
-    def exhausted(self) -> bool:
-        return self._next is None
+    def head(self) -> tuple[int, int] | None:
+        """The pair that comes next."""
+        return self._next
 
     def left(self, prompt: int) -> int:
         """Samples of a prompt that have not been handed out."""
