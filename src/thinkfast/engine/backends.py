@@ -137,9 +137,13 @@ class NativeMemory:
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
+        self.resume(kept, slot, share=True)
+
+    def resume(self, kept: Kept, slot: int, share: bool) -> None:
+        """`fork`; without `share` onto keys and values of its own, as if the slot had drawn the tokens itself."""
         if isinstance(kept.state, Cache):
             raise ValueError("a torch cache was given to the native backend")
-        self._pool.resume(slot, kept.state)
+        self._pool.resume(slot, kept.state, share)
 
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
         tokens, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)

@@ -14,6 +14,8 @@ namespace {
 // columns of every matrix, so that a step reads the weights once. Below, every thread has rows of its own.
 constexpr size_t kSmall = 8 << 20;
 
+constexpr size_t kNear = 3 << 19;  // bytes fetched ahead at most
+
 struct Row {
     int slot, token, position;
 };
@@ -174,6 +176,14 @@ struct Pool {
         for (int r = team.begin(n); r < team.end(n); r++) gated_norm(shape, w, &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], m.eps);
     }
 
+    // The memory of neighbouring slots in a Mamba layer, where it fits into the second level of cache.
+    Ahead states(const Layer* layer, const Row* rows, int n, Team team) const {
+        size_t bytes = sizeof(float) * model.mamba.slot_size() * n;
+        if (!layer || layer->attention || team.size > 1 || bytes > kNear) return {};
+        const char* at = reinterpret_cast<const char*>(memory.mamba(rows[0].slot, layer->index));
+        return {at, at + bytes};
+    }
+
     // A tile of rows through all layers. Rows of one slot stand in the order of their positions. With `logits`, leaves them in scratch.
     void tile(Scratch& s, Scratch::Mine& mine, const Row* rows, int n, bool logits, Team team) const {
         const Model& m = model;
@@ -184,8 +194,9 @@ struct Pool {
             for (int r = begin; r < end; r++) rms_norm(&s.x[(size_t)r * ld], weight.data(), &s.normed[(size_t)r * ld], m.hidden, m.eps);
             team.meet();
         };
+        Ahead later = states(m.layers.empty() ? nullptr : &m.layers[0], rows, n, team);
         auto product = [&](const std::vector<float>& x, int ldx, const Packed& w, std::vector<float>& y, int ldy, bool add) {
-            gemm(x.data(), ldx, n, w, y.data(), ldy, add, team.begin(w.panels()), team.end(w.panels()));
+            gemm(x.data(), ldx, n, w, y.data(), ldy, add, team.begin(w.panels()), team.end(w.panels()), later);
             team.meet();
         };
         for (const Layer& layer : m.layers) {
@@ -199,7 +210,8 @@ struct Pool {
             if (layer.attention) product(s.middle, m.heads * m.dim, layer.o, s.x, ld, true);
             else product(s.middle, m.mamba.inner() + kSpare, layer.mamba.out_proj, s.x, ld, true);
             norm(layer.post_norm);
-            gemm_swiglu(s.normed.data(), ld, n, layer.gate, layer.up, s.middle.data(), layer.gate.n, team.begin(layer.gate.panels()), team.end(layer.gate.panels()));
+            later = states(&layer == &m.layers.back() ? nullptr : &layer + 1, rows, n, team);
+            gemm_swiglu(s.normed.data(), ld, n, layer.gate, layer.up, s.middle.data(), layer.gate.n, team.begin(layer.gate.panels()), team.end(layer.gate.panels()), later);
             team.meet();
             product(s.middle, layer.gate.n, layer.down, s.x, ld, true);
         }
@@ -361,10 +373,10 @@ void* tf_keep(void* pool, int32_t slot, int32_t length) {
     }
 }
 
-// Makes a slot go on from a kept state. Returns 1 where no page is left.
-int32_t tf_resume(void* pool, int32_t slot, const void* kept) {
+// Makes a slot go on from a kept state, on the same pages where `share`. Returns 1 where no page is left.
+int32_t tf_resume(void* pool, int32_t slot, const void* kept, int32_t share) {
     try {
-        static_cast<tf::Pool*>(pool)->memory.resume(slot, *static_cast<const tf::Kept*>(kept));
+        static_cast<tf::Pool*>(pool)->memory.resume(slot, *static_cast<const tf::Kept*>(kept), share != 0);
     } catch (const std::bad_alloc&) {
         return 1;
     }

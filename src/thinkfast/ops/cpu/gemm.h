@@ -93,6 +93,11 @@ static inline int rows_at_once(int left) {
     return left <= 2 ? 2 : left <= 4 || left == 7 || left == 8 ? 4 : 6;
 }
 
+// Memory that will be read after a product: what is left of it to fetch while multiplying.
+struct Ahead {
+    const char *at = nullptr, *end = nullptr;
+};
+
 // Widens `k` rows of a panel.
 static inline const float* widen(const char* rows, int k, float* to) {
     for (int i = 0; i < k; i++) {
@@ -105,37 +110,39 @@ static inline const float* widen(const char* rows, int k, float* to) {
 }
 
 // The columns of one panel: Y = X W, or Y += X W.
-static inline void gemm_panel(const float* x, int ldx, int rows, const Packed& w, int panel, float* y, int ldy, bool add) {
+static inline void gemm_panel(const float* x, int ldx, int rows, const Packed& w, int panel, float* y, int ldy, bool add, Ahead& later) {
     alignas(64) float wide[kDepth * kPanel];
     for (int k = 0; k < w.k; k += kDepth) {
         int depth = w.k - k < kDepth ? w.k - k : kDepth;
         const char* from = w.at(panel, k);
-        const char* ahead = from + (size_t)depth * w.row_bytes();
+        const char *ahead = from + depth * w.row_bytes(), *enough = ahead + depth * w.row_bytes();
         const float* block = w.half ? widen(from, depth, wide) : reinterpret_cast<const float*>(from);
         for (int r = 0; r < rows;) {
             const float* in = x + (size_t)r * ldx + k;
             float* out = y + (size_t)r * ldy;
             bool fresh = k == 0 && !add;
+            // The weights that come next first, then whatever else is wanted; both may be too much for the first level.
+            const char* next = ahead < enough ? ahead : later.at < later.end ? later.at : from;
+            (ahead < enough ? ahead : later.at) += (size_t)depth * 64;
             int take = rows_at_once(rows - r);
             auto run = take == 2 ? multiply<2> : take == 4 ? multiply<4> : take == 6 ? multiply<6> : take == 8 ? multiply<8> : multiply<12>;
-            run(in, ldx, block, depth, out, ldy, fresh, ahead);
-            ahead += (size_t)depth * 64;
+            run(in, ldx, block, depth, out, ldy, fresh, next);
             r += take;
         }
     }
 }
 
 // Panels [first, last) of Y = X W, or of Y += X W. Writes whole panels: ldy must be at least w.n.
-static inline void gemm(const float* x, int ldx, int rows, const Packed& w, float* y, int ldy, bool add, int first, int last) {
-    for (int p = first; p < last; p++) gemm_panel(x, ldx, rows, w, p, y + (size_t)p * kPanel, ldy, add);
+static inline void gemm(const float* x, int ldx, int rows, const Packed& w, float* y, int ldy, bool add, int first, int last, Ahead& later) {
+    for (int p = first; p < last; p++) gemm_panel(x, ldx, rows, w, p, y + (size_t)p * kPanel, ldy, add, later);
 }
 
 // Panels [first, last) of Y = silu(X gate) * (X up).
-static inline void gemm_swiglu(const float* x, int ldx, int rows, const Packed& gate, const Packed& up, float* y, int ldy, int first, int last) {
+static inline void gemm_swiglu(const float* x, int ldx, int rows, const Packed& gate, const Packed& up, float* y, int ldy, int first, int last, Ahead& later) {
     alignas(64) float gated[kTile * kPanel], raised[kTile * kPanel];
     for (int p = first; p < last; p++) {
-        gemm_panel(x, ldx, rows, gate, p, gated, kPanel, false);
-        gemm_panel(x, ldx, rows, up, p, raised, kPanel, false);
+        gemm_panel(x, ldx, rows, gate, p, gated, kPanel, false, later);
+        gemm_panel(x, ldx, rows, up, p, raised, kPanel, false, later);
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < kPanel; c += kLanes)
                 store(y + (size_t)r * ldy + p * kPanel + c, silu(load(gated + r * kPanel + c)) * load(raised + r * kPanel + c));

@@ -41,7 +41,8 @@ static void convolve(const MambaShape& s, const MambaWeights& w, float* ring, fl
         y += x * load(w.conv.data() + (size_t)past * ld + c);
         if (past) store(rows[0] + c, x);
         y = silu(y);
-        std::memcpy(channels + c, &y, sizeof(float) * std::min(kLanes, s.channels() - c));  // the steps stand behind them
+        if (c + kLanes <= s.channels()) store(channels + c, y);
+        else std::memcpy(channels + c, &y, sizeof(float) * (s.channels() - c));  // the steps stand behind them
     }
 }
 
@@ -94,10 +95,11 @@ static inline void update_state(const MambaShape& s, const MambaWeights& w, floa
         for (int begin = 0; begin < s.head_dim;) {
             int left = s.head_padded() - begin, take = left >= 4 * kLanes ? 4 : left >= 2 * kLanes ? 2 : 1;
             auto run = take == 4 ? sweep<4> : take == 2 ? sweep<2> : sweep<1>;
-            float out[4 * kLanes];
+            float part[4 * kLanes];  // where a head ends within a vector, the next one may be another thread's
             size_t at = (size_t)h * s.head_dim + begin;
-            run(here, after, s.state, decays[h], steps[h], w.d[h], xbc + at, b, c, out);
-            std::memcpy(y + at, out, sizeof(float) * std::min(take * kLanes, s.head_dim - begin));
+            bool whole = begin + take * kLanes <= s.head_dim;
+            run(here, after, s.state, decays[h], steps[h], w.d[h], xbc + at, b, c, whole ? y + at : part);
+            if (!whole) std::memcpy(y + at, part, sizeof(float) * (s.head_dim - begin));
             begin += take * kLanes;
             here += (size_t)kLanes * take * s.state;
             after += (size_t)kLanes * take * s.state;

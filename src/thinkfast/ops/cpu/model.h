@@ -165,14 +165,14 @@ class Memory {
         kept->states.resize((size_t)m_.mamba_layers * m_.mamba.slot_size());
         for (int layer = 0; layer < m_.mamba_layers; layer++)
             std::memcpy(&kept->states[(size_t)layer * m_.mamba.slot_size()], mamba(slot, layer), sizeof(float) * m_.mamba.slot_size());
-        if (m_.attention_layers) kept->pages = sharing(pages_[slot], length);
+        if (m_.attention_layers) kept->pages = same(pages_[slot], length, true);
         return kept;
     }
 
-    // Makes a slot go on from a kept state.
-    void resume(int slot, const Kept& kept) {
+    // Makes a slot go on from a kept state, on the same pages where `share`.
+    void resume(int slot, const Kept& kept, bool share) {
         clear(slot);
-        if (m_.attention_layers) pages_[slot] = sharing(kept.pages, kept.length);
+        if (m_.attention_layers) pages_[slot] = same(kept.pages, kept.length, share);
         for (int layer = 0; layer < m_.mamba_layers; layer++)
             std::memcpy(mamba(slot, layer), &kept.states[(size_t)layer * m_.mamba.slot_size()], sizeof(float) * m_.mamba.slot_size());
     }
@@ -180,18 +180,20 @@ class Memory {
     size_t page_bytes() const { return (size_t)m_.attention_layers * m_.kv_heads * 2 * kPage * m_.dim * (half_ ? 2 : 4); }
 
    private:
-    // The same tokens in whole pages, shared, and a copy of the last, begun page.
-    std::vector<int> sharing(const std::vector<int>& pages, int length) {
-        std::vector<int> to;
-        to.reserve(length / kPage + 1);
-        int last = length % kPage ? store_.take() : -1;
-        for (int i = 0; i < length / kPage; i++) {
-            store_.share(pages[i]);
-            to.push_back(pages[i]);
-        }
-        if (last >= 0) {
-            std::memcpy(store_.at(last), store_.at(pages[length / kPage]), store_.bytes());
-            to.push_back(last);
+    // The same tokens in whole pages, shared or copied, and a copy of the last, begun page.
+    std::vector<int> same(const std::vector<int>& pages, int length, bool share) {
+        int whole = share ? length / kPage : 0, all = (length + kPage - 1) / kPage;
+        std::vector<int> to(pages.begin(), pages.begin() + whole);
+        to.reserve(all);
+        for (int page : to) store_.share(page);
+        try {
+            for (int i = whole; i < all; i++) {
+                to.push_back(store_.take());
+                std::memcpy(store_.at(to.back()), store_.at(pages[i]), store_.bytes());
+            }
+        } catch (const std::bad_alloc&) {
+            store_.drop(to);
+            throw;
         }
         return to;
     }

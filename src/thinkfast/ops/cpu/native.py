@@ -79,7 +79,7 @@ def library() -> ctypes.CDLL:
         "tf_step": (i32, [pointer, i32, *[pointer] * 5, f64, i32, f64, *[pointer] * 3]),
         "tf_prefill": (i32, [pointer, i32, *[pointer] * 4]),
         "tf_keep": (pointer, [pointer, i32, i32]),
-        "tf_resume": (i32, [pointer, i32, pointer]),
+        "tf_resume": (i32, [pointer, i32, pointer, i32]),
         "tf_kept_free": (None, [pointer, pointer]),
         "tf_clear": (None, [pointer, i32]),
         "tf_sizes": (None, [pointer, pointer]),
@@ -88,6 +88,12 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
+
+
+def _address(array: NDArray[Any]) -> int:
+    """`array.ctypes.data` at a third of its time, which counts in a step of a small model."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class NativeModel:
@@ -178,10 +184,10 @@ class NativePool:
                 raise ValueError(f"expected {count} contiguous {kind}, got {len(array)} {array.dtype}")
         if logits is not None and (logits.shape != (count, self._model.shape.vocab) or logits.dtype != np.float32):
             raise ValueError(f"logits must be float32 ({count}, {self._model.shape.vocab})")
-        given = [array.ctypes.data for array in arrays]
-        room = None if logits is None else logits.ctypes.data
+        given = [_address(array) for array in arrays]
+        room = None if logits is None else _address(logits)
         full = self._lib.tf_step(
-            self._handle, count, *given, temperature, top_k, top_p, out.ctypes.data, logprobs.ctypes.data, room
+            self._handle, count, *given, temperature, top_k, top_p, _address(out), _address(logprobs), room
         )
         self._check(full)
         return out, logprobs
@@ -195,7 +201,7 @@ class NativePool:
         ids = np.fromiter((token for prompt in prompts for token in prompt), np.int32, int(offsets[-1]))
         rows = np.asarray(slots, np.int32)
         first = np.zeros(len(rows), np.int32) if starts is None else np.asarray(starts, np.int32)
-        given = [array.ctypes.data for array in (rows, first, offsets, ids)]
+        given = [_address(array) for array in (rows, first, offsets, ids)]
         self._check(self._lib.tf_prefill(self._handle, len(prompts), *given))
 
     def keep(self, slot: int, length: int) -> NativeKept:
@@ -204,11 +210,14 @@ class NativePool:
         self._check(not handle)
         return NativeKept(self, handle, length)
 
-    def resume(self, slot: int, kept: NativeKept) -> None:
-        """Makes a slot go on from a kept state. Raises MemoryError where no page is left."""
+    def resume(self, slot: int, kept: NativeKept, share: bool = True) -> None:
+        """Makes a slot go on from a kept state. Without `share` it gets keys and values of its own.
+
+        Raises MemoryError where no page is left.
+        """
         if kept.pool is not self:
             raise ValueError("a kept state belongs to the pool that made it")
-        self._check(self._lib.tf_resume(self._handle, slot, kept.handle))
+        self._check(self._lib.tf_resume(self._handle, slot, kept.handle, int(share)))
 
     def clear(self, slot: int) -> None:
         """Gives the pages of a slot back."""
