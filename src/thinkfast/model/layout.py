@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig, RopeScaling
+from thinkfast.model.config import ATTENTION, MAMBA, MAMBA2, DecoderConfig, MambaConfig, RopeScaling
 
 LLAMA = "llama"
 HYBRID = "granitemoehybrid"
@@ -202,9 +202,10 @@ def parse_eos(fields: Fields, default: int | None = 2) -> tuple[int, ...]:
 
 def check_stock(config: DecoderConfig) -> None:
     """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has."""
-    if config.mamba is not None and config.mamba.discrete:
+    if config.mamba is not None and config.mamba.kind != MAMBA2:
         raise BadInput(
-            "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers"
+            f"the layers are {config.mamba.title}, which no stock layout can express: "
+            "distil the teacher into Mamba-2 layers"
         )
     if config.rotary_dim not in (None, 0, config.head_dim):
         raise BadInput(
