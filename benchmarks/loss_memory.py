@@ -59,6 +59,7 @@ def measure(path: str, tokens: int, vocab: int, hidden: int, repeats: int) -> di
 
 
 def main() -> None:
+    """Measures every path and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=128_256)

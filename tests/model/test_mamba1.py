@@ -22,8 +22,8 @@ def random_mixer(tiny) -> Mamba1:
 
 
 def definition(mixer: Mamba1, u: torch.Tensor) -> torch.Tensor:
-    """Channel by channel, position by position, in float64: channel c of query head h reads slice s = c // N of key/value
-    head h // 2, keys and queries as values do."""
+    """Channel by channel, position by position, in float64: channel c of query head h reads slice s = c // N of
+    key/value head h // 2, keys and queries as values do."""
     w = {name: tensor.double() for name, tensor in mixer.state_dict().items()}
     u = u.double()
     narrow_x, narrow_b = u @ w["in_proj_x.weight"].T, u @ w["B_proj.weight"].T

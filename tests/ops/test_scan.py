@@ -18,7 +18,11 @@ def inputs(batch: int, length: int, groups: int, width: int, size: int, seed: in
 
     channels = groups * width
     x, dt = normal(batch, length, channels), F.softplus(normal(batch, length, channels))
-    A, B, C = -torch.exp(normal(channels, size)), normal(batch, length, groups, size), normal(batch, length, groups, size)
+    A, B, C = (
+        -torch.exp(normal(channels, size)),
+        normal(batch, length, groups, size),
+        normal(batch, length, groups, size),
+    )
     return [x, dt, A, B, C, normal(channels), normal(batch, channels, size)]
 
 
@@ -42,10 +46,14 @@ def test_naive_is_the_recurrence_written_out_by_hand() -> None:
     assert torch.allclose(state[0, :, 0], second)
 
 
-@pytest.mark.parametrize(("length", "groups", "width", "size"), [(1, 1, 1, 1), (2, 2, 3, 4), (17, 3, 2, 5), (50, 1, 4, 3)])
+@pytest.mark.parametrize(
+    ("length", "groups", "width", "size"), [(1, 1, 1, 1), (2, 2, 3, 4), (17, 3, 2, 5), (50, 1, 4, 3)]
+)
 def test_chunked_equals_naive_in_values_and_gradients(length: int, groups: int, width: int, size: int) -> None:
     tensors = inputs(2, length, groups, width, size)
-    for got, want in zip(with_gradients(selective_chunked, tensors), with_gradients(selective_naive, tensors), strict=True):
+    for got, want in zip(
+        with_gradients(selective_chunked, tensors), with_gradients(selective_naive, tensors), strict=True
+    ):
         assert torch.allclose(got, want, rtol=1e-10, atol=1e-10)
 
 

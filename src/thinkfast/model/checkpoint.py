@@ -108,8 +108,8 @@ def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | No
 
 def save_own(model: Decoder, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
     """`save_model`, but a decoder that no stock layout expresses (Discrete Mamba-2, Mamba-1) is written in thinkfast's
-    own, `model_type` "thinkfast": the decoder's shape and its tensors by the decoder's names. Only `load_model` reads it.
-    """
+    own, `model_type` "thinkfast": the decoder's shape and its tensors by the decoder's names. Only `load_model` reads
+    it."""
     mamba = model.config.mamba
     if mamba is None or mamba.kind == MAMBA2:
         save_model(model, path, tokenizer_from)

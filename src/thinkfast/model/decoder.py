@@ -1,4 +1,5 @@
-"""One lean decoder for teacher and student: norm -> mixer -> norm -> SwiGLU, where a mixer is attention or has a state."""
+"""One lean decoder for teacher and student: norm -> mixer -> norm -> SwiGLU, where a mixer is attention or has a
+state."""
 
 from __future__ import annotations
 

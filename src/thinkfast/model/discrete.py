@@ -93,7 +93,10 @@ class DiscreteMamba2(StateMixer):
             "conv1d.weight": (shape.conv_dim * shape.d_conv, NEW, ""),
             "conv1d.bias": (shape.conv_dim, NEW, ""),
             "D": (shape.n_heads, NEW, ""),
-            "out_proj.weight": (wide, *((INITIALISED, "o_proj, attention output") if calibrated else (COPIED, "o_proj"))),
+            "out_proj.weight": (
+                wide,
+                *((INITIALISED, "o_proj, attention output") if calibrated else (COPIED, "o_proj")),
+            ),
         }
 
     def start(self, attention: Attention, norm_weight: Tensor, trace: Trace | None) -> None:

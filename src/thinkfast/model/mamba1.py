@@ -127,9 +127,9 @@ class Mamba1(StateMixer):
     def start(self, attention: Attention, norm_weight: Tensor, trace: Trace | None) -> None:
         """Starts near linear attention with heads of N channels: x, B, C from V, K, Q, dt 0.5, D 0.
 
-        The convolution only scales, as in `Mamba2.start`; what it and dt take away is given back to B, C and out_proj in
-        equal parts. Half-lives are spaced geometrically over the heads, the same for all of a channel's state. The gate
-        is open where there is a trace, and out_proj then takes the least squares factor to the attention's output.
+        The convolution only scales, as in `Mamba2.start`; what it and dt take away is given back to B, C and out_proj
+        in equal parts. Half-lives are spaced geometrically over the heads, the same for all of a channel's state. The
+        gate is open where there is a trace, and out_proj then takes the least squares factor to the attention's output.
         """
         shape = self.shape
         part = (2 / (CONV_GAIN * DT)) ** (1 / 3)

@@ -125,8 +125,8 @@ def half_lives(heads: int) -> Tensor:
 
 
 def constant_row(u: Tensor, value: float | Tensor) -> Tensor:
-    """The row w (D,) that makes w . u nearest to `value` over inputs u (..., D): ridge least squares. For several values
-    (K,) a row each."""
+    """The row w (D,) that makes w . u nearest to `value` over inputs u (..., D): ridge least squares. For several
+    values (K,) a row each."""
     rows = u.flatten(0, -2).double()
     gram = rows.T @ rows
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())

@@ -1,5 +1,5 @@
-"""thinkfast's own layout, for decoders that no stock one expresses: every field of the shape, tensors as they are called
-here.
+"""thinkfast's own layout, for decoders that no stock one expresses: every field of the shape, tensors as they are
+called here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from thinkfast.model.config import TITLES, DecoderConfig, MambaConfig, RopeScali
 
 OWN = "thinkfast"
 NESTED = {"mamba": MambaConfig, "rope_scaling": RopeScaling}
-
 
 
 def dump_own(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def selective_chunked(
 
 
 def linear_scan(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t for a and b (B, L, ...), with h before the start = `first` (B, ...). Returns h (B, L, ...).
+    """h_t = a_t h_{t-1} + b_t for a and b (B, L, ...), with h before the start = `first` (B, ...). Returns h (B, L,
+    ...).
 
     Nothing is divided by a decay, so that decays near 0 do no harm. Differentiable once, in all three.
     """

@@ -1,5 +1,5 @@
-"""Any set of attention layers from one student that has none: its mixers were aligned once, layer by layer, so that each
-of them stands for its teacher layer whatever the others are.
+"""Any set of attention layers from one student that has none: its mixers were aligned once, layer by layer, so that
+each of them stands for its teacher layer whatever the others are.
 """
 
 from __future__ import annotations
@@ -36,5 +36,7 @@ def assemble(teacher: Decoder, base: Decoder, attention: tuple[int, ...]) -> Dec
     with torch.random.fork_rng(devices=[]):
         student = Decoder(config).to(teacher.embed_tokens.weight.device, teacher.embed_tokens.weight.dtype)
     new = tuple(f"layers.{index}.mixer." for index, kind in enumerate(config.layer_types) if kind == MAMBA)
-    student.load_state_dict({name: theirs[name] if name.startswith(new) else ours[name] for name in student.state_dict()})
+    student.load_state_dict(
+        {name: theirs[name] if name.startswith(new) else ours[name] for name in student.state_dict()}
+    )
     return student.eval()

@@ -1,5 +1,6 @@
 """From a teacher to a student: everything copied bit for bit, and new mixers that start near the attention they replace
-(arXiv 2408.15237, sec. 3; how, each says in its `start`). From an aligned student to others: its mixers, layer by layer.
+(arXiv 2408.15237, sec. 3; how, each says in its `start`). From an aligned student to others: its mixers, layer by
+layer.
 
 Shapes: B batch, L length, D hidden, H heads, P head_dim.
 """

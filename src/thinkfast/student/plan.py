@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, MAMBA, MAMBA1, MAMBA2, DecoderConfig, MambaConfig
@@ -94,6 +94,27 @@ def every(num_layers: int, stride: int) -> tuple[int, ...]:
     if stride < 1:
         raise BadInput(f"stride is {stride}, expected at least 1")
     return tuple(range(stride // 2, num_layers, stride))
+
+
+def uniform(num_layers: int, keep: int) -> tuple[int, ...]:
+    """`keep` layers spread evenly: the middle ones of `keep` equal stretches, rounded down."""
+    if not 0 <= keep <= num_layers:
+        raise BadInput(f"keep is {keep}, the teacher has {num_layers} layers")
+    return tuple((2 * place + 1) * num_layers // (2 * keep) for place in range(keep))
+
+
+def ranked_layers(ranking: Any, keep: int, where: str) -> tuple[int, ...]:
+    """The layers that a document of `thinkfast rank-layers` chooses for `keep` attention layers, in ascending order.
+
+    Raises BadInput naming `where` and the field when it is no such document or chooses no set of that size.
+    """
+    choices = ranking.get("choices") if isinstance(ranking, dict) else None
+    if not isinstance(choices, dict):
+        raise BadInput(f"{where}: choices is missing, expected the document of thinkfast rank-layers")
+    layers = choices.get(str(keep))
+    if not isinstance(layers, list) or len(layers) != keep or not all(isinstance(layer, int) for layer in layers):
+        raise BadInput(f"{where}: choices has no {keep} layers, expected keep among {', '.join(choices)}")
+    return tuple(sorted(layers))
 
 
 _KEPT = ("q_proj", "k_proj", "v_proj", "o_proj")
