@@ -20,7 +20,8 @@ FLOORS = {
     "spending": 6,
     "doctor": 5,
     "harness": 5,
-    "stages": 5,
+    "stages": 4,
+    "students": 5,
     "scale": 4,
     "distill": 4,
     "bench": 4,
@@ -33,6 +34,7 @@ FLOORS = {
     "errors": 1,
     "records": 1,
     "recipe": 1,
+    "sections": 1,
     "runtime": 1,
     "progress": 1,
 }

@@ -79,7 +79,8 @@ def convert(
 ) -> None:
     """Turn a teacher into an untrained student and show where every tensor comes from."""
     from thinkfast import stages
-    from thinkfast.recipe import Student, section
+    from thinkfast.recipe import section
+    from thinkfast.sections import Student
 
     student = section(Student, {"name": "student", "attention": numbers(attention), "init": init, "seed": seed})
     print(stages.convert_model(stages.teacher_directory(str(teacher)), student, data, out))
@@ -100,7 +101,7 @@ def distill(
 
     raw = {"student": [{"name": "student", "attention": numbers(attention)}], "corpus": {"path": str(data)}}
     recipe = with_overrides(raw, "distill", overrides or [])
-    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out), json_)
+    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out, watch=recipe.watch), json_)
 
 
 @app.command()

@@ -13,17 +13,21 @@ from thinkfast.data.chat import PROMPTS, Prompt, named_prompt
 from thinkfast.data.problems import Problem
 from thinkfast.data.sets import open_problems
 from thinkfast.errors import BadInput
-from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Student, Text, dump_recipe, load_recipe
+from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Text, dump_recipe, load_recipe
+from thinkfast.sections import Student, Watching
 from thinkfast.stages import (
     Say,
     Stages,
     copy_teacher,
+    layer_plan,
     make_corpus,
     make_problems,
-    make_student,
     teacher_directory,
     text_sources,
 )
+from thinkfast.students import make_base, make_student
+
+UNWATCHED = Watching(answers=0)
 
 
 def run_file(path: Path, out: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
     Failed when a stage cannot go on.
     """
     source = teacher_directory(recipe.teacher.path)
-    _require_files(recipe.problems.path, recipe.corpus.path)
+    _require_files(recipe.problems.path, recipe.corpus.path, *(student.ranking for student in recipe.student))
     text_sources(recipe.corpus)
     with records.locked(out):
         if not (out / "recipe.toml").exists():
@@ -51,8 +55,12 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
         teacher = copy_teacher(source, out / "models" / TEACHER, stages)
         check_fit(recipe, teacher, problems)
         corpus = make_corpus(recipe.corpus, teacher, out / "corpus", stages)
+        base = None
+        if recipe.base is not None:
+            base = make_base(recipe.base, teacher, corpus, recipe.corpus.held_out, out / "base", stages, recipe.watch)
         for student in recipe.student:
-            make_student(student, teacher, corpus, recipe.corpus.held_out, out / "models" / student.name, stages)
+            place = out / "models" / student.name
+            make_student(student, teacher, corpus, recipe.corpus.held_out, place, stages, recipe.watch, base)
         for name in recipe.models:
             _sample(recipe, name, problems, out, stages)
         _bench(recipe, out, stages)
@@ -78,12 +86,11 @@ def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
     from thinkfast.data.chat import render_prompt
     from thinkfast.data.tokenizer import load_tokenizer
     from thinkfast.model.checkpoint import read_config
-    from thinkfast.student.plan import LayerPlan
 
     config, tokenizer = read_config(teacher), load_tokenizer(teacher)
     for student in recipe.student:
         try:
-            LayerPlan(student.attention, student.init).student_config(config)
+            layer_plan(student).student_config(config)
         except BadInput as error:
             raise BadInput(f"student {student.name}: {error}") from None
     longest = max(len(render_prompt(tokenizer, problem.problem)) for problem in problems)
@@ -92,7 +99,9 @@ def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
         raise BadInput(f"sample.max_tokens {recipe.sample.max_tokens}: the longest prompt leaves room for {room}")
 
 
-def distill_model(teacher: Path, text: Text, student: Student, out: Path, say: Say = print) -> dict[str, Any]:
+def distill_model(
+    teacher: Path, text: Text, student: Student, out: Path, say: Say = print, watch: Watching = UNWATCHED
+) -> dict[str, Any]:
     """Makes one student of a teacher from a file of problems with solutions: `out/corpus`, then `out/<its name>`.
 
     Returns what the student's run.json notes: the KL divergence, alignment errors, tokens and seconds.
@@ -102,7 +111,7 @@ def distill_model(teacher: Path, text: Text, student: Student, out: Path, say: S
     text_sources(text)
     with records.locked(out):
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
-        make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages)
+        make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages, watch)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]
     return notes
 

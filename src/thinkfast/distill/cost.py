@@ -78,7 +78,7 @@ class Cost:
 
 
 def parse_gpus(text: str) -> tuple[int, Card]:
-    """"8xH100" as a number and a card. Raises BadInput naming the cards that are known."""
+    """ "8xH100" as a number and a card. Raises BadInput naming the cards that are known."""
     match = re.fullmatch(r"(?:(\d+)x)?(\S+)", text.strip())
     if match is None or match[2].lower() not in CARDS or match[1] == "0":
         raise BadInput(f"--gpus {text}: expected a number and a card, e.g. 8xH100; known are {', '.join(CARDS)}")

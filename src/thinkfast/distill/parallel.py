@@ -1,8 +1,8 @@
 """A run on several processes: who takes which batches, weights in shards, and states that any number of them reads.
 
 `torchrun` starts the processes. Student and teacher are sharded by `fully_shard` (FSDP2), each mixer and each
-feed-forward layer a unit of its own, so that every stage may call them one by one; what is left (embeddings, norms, head)
-is gathered once a batch by the pair that holds both models. A step takes the same batches whatever the number of
+feed-forward layer a unit of its own, so that every stage may call them one by one; what is left (embeddings, norms,
+head) is gathered once a batch by the pair that holds both models. A step takes the same batches whatever the number of
 processes, and its loss is divided by what is valid in all of them, so the number changes a run by rounding alone.
 """
 
@@ -29,7 +29,7 @@ from thinkfast.model.decoder import Block, Decoder
 
 T = TypeVar("T")
 STEP, FACTS = "step-", "state.json"
-CALLED = ("matrix", "queries_keys")
+CALLED = ("matrix",)
 """Methods of a mixer that stages call beside `forward`; its weights must be whole for them as well."""
 
 
@@ -90,12 +90,19 @@ class Team:
 
 
 ALONE = Team()
+_current = ALONE
+
+
+def current() -> Team:
+    """The team of this process: one at a time, as there is one process group."""
+    return _current
 
 
 @contextmanager
 def gathered() -> Iterator[Team]:
-    """The team that `torchrun` started this process in, on the GPU of its local rank or else on the CPU; `ALONE` without
-    it. Leaves the process group at the end."""
+    """The team that `torchrun` started this process in, on the GPU of its local rank or else on the CPU; `ALONE`
+    without it. Leaves the process group at the end."""
+    global _current
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
@@ -105,8 +112,10 @@ def gathered() -> Iterator[Team]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, together=True)
+        _current = Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, together=True)
+        yield _current
     finally:
+        _current = ALONE
         torch.distributed.destroy_process_group()
 
 
@@ -164,8 +173,8 @@ def save(
         save_state(path, identity, counters, model, optimizer)
         shutil.rmtree(folder(path), ignore_errors=True)
         return
-    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
     place = folder(path) / f"{STEP}{counters.step:09d}"
     staging = place.with_name(f".{place.name}")
@@ -175,7 +184,7 @@ def save(
     team.wait()
     weights, moments = get_state_dict(model, optimizer)
     document = {"model": weights, "optimizer": moments, "random": torch.random.get_rng_state()}
-    checkpoint.save(document, checkpoint_id=staging)
+    save_parts(document, checkpoint_id=staging)
     if team.rank == 0:
         records.write_json(staging / FACTS, {"identity": dict(identity), "counters": asdict(counters)})
         shutil.rmtree(place, ignore_errors=True)
@@ -197,8 +206,9 @@ def load(
         if team.together and path.exists():
             raise BadInput(f"{path}: was saved without torchrun; go on without it, or remove the file to begin anew")
         return load_state(path, identity, model, optimizer)
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
     place = saved[-1]
     try:
@@ -208,18 +218,16 @@ def load(
         raise BadInput(f"{place}: not a training state ({type(error).__name__}); remove it to begin anew") from None
     check_identity(place, facts["identity"], identity)
     weights, moments = get_state_dict(model, optimizer)
-    document = {"model": weights, "optimizer": moments, "random": torch.random.get_rng_state()}
+    random = torch.random.get_rng_state()
     with warnings.catch_warnings():
         if not team.together:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
-            checkpoint.load(document, checkpoint_id=place)
-        except (checkpoint.CheckpointException, RuntimeError, ValueError) as error:
+            load_parts({"model": weights, "optimizer": moments, "random": random}, checkpoint_id=place)
+        except (CheckpointException, RuntimeError, ValueError) as error:
             raise BadInput(f"{place}: belongs to another model ({str(error).splitlines()[0]})") from None
-    set_state_dict(
-        model, optimizer, model_state_dict=document["model"], optim_state_dict=document["optimizer"]
-    )
-    torch.random.set_rng_state(document["random"])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    torch.random.set_rng_state(random)
     return counters
 
 

@@ -1,4 +1,5 @@
-"""One lean decoder for teacher and student: norm -> mixer -> norm -> SwiGLU, where a mixer is attention or Mamba-2."""
+"""One lean decoder for teacher and student: norm -> mixer -> norm -> SwiGLU, where a mixer is attention or has a
+state."""
 
 from __future__ import annotations
 
@@ -8,22 +9,20 @@ from torch import Tensor, nn
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import AttentionCache, Cache, LayerCache, MambaCache
 from thinkfast.model.config import ATTENTION, DecoderConfig
-from thinkfast.model.discrete import DiscreteMamba2
 from thinkfast.model.layers import RMSNorm, SwiGLU
-from thinkfast.model.mamba2 import Mamba2
+from thinkfast.model.mixer import StateMixer, required
+from thinkfast.model.mixers import MIXERS
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    mixer: Attention | Mamba2 | DiscreteMamba2
+    mixer: Attention | StateMixer
 
     def __init__(self, config: DecoderConfig, kind: str) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        discrete = config.mamba is not None and config.mamba.discrete
-        mamba = DiscreteMamba2 if discrete else Mamba2
-        self.mixer = Attention(config) if kind == ATTENTION else mamba(config)
+        self.mixer = Attention(config) if kind == ATTENTION else MIXERS[required(config).kind](config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
