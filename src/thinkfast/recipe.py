@@ -15,6 +15,7 @@ from thinkfast.errors import BadInput
 from thinkfast.sections import (
     Align,
     Base,
+    Compute,
     Count,
     Distill,
     Matrices,
@@ -165,6 +166,7 @@ class Recipe(Section):
     compare: Compare = Compare()
     report: Report = Report()
     watch: Watching = Watching()
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

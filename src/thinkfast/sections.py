@@ -163,6 +163,14 @@ class Student(Stages):
         return self
 
 
+class Compute(Section):
+    """How training computes on several processes: in `dtype` with float32 weights behind it, and with activations kept
+    or computed again for the backward pass."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+
+
 class Watching(Section):
     """What to see of training: greedy answers of the student at every save, and TensorBoard besides metrics.jsonl."""
 

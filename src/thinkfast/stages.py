@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkfast import records, runtime
+from thinkfast import ranks, records, runtime
 from thinkfast.data.problems import Problem, dump_problems, load_problems
 from thinkfast.errors import BadInput
 from thinkfast.recipe import Problems, Text
@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from thinkfast.student.plan import LayerPlan
 
 CALIBRATION_ROWS = 64
+TOGETHER = ("student", "base")
 TEACHER_FILES = ("*.json", "*.safetensors", "*.jinja", "LICENSE*")
 Say = Callable[[str], None]
+
+
+class _Told(records.Stage):
+    """A stage on a process that is not the first: it keeps no record."""
+
+    def save(self) -> None:
+        pass
 
 
 class Stages:
@@ -39,9 +47,21 @@ class Stages:
     def open(
         self, title: str, directory: Path, *, settings: Mapping[str, Any], inputs: Mapping[str, str]
     ) -> Iterator[records.Stage]:
-        """`records.stage` of the title's first word; a stage may note "result", a few words for its line."""
-        with records.stage(directory, name=title.split()[0], settings=settings, inputs=inputs) as run:
+        """`records.stage` of the title's first word; a stage may note "result", a few words for its line.
+
+        Of several processes the first one opens it and tells the others; all leave it together.
+        """
+        team, name = ranks.current(), title.split()[0]
+        if team.rank:
+            done, record = team.agree(None)
+            # What all train together is done by all of them; everything else is the first one's work.
+            yield _Told(directory, record, done or name not in TOGETHER, resuming=True)
+            team.wait()
+            return
+        with records.stage(directory, name=name, settings=settings, inputs=inputs) as run:
+            team.agree((run.done, run.record))
             yield run
+        team.wait()
         self.tell(title, run.seconds, str(run.notes.get("result", "")), run.done)
 
     def tell(self, title: str, seconds: float, result: str, kept: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thinkfast import progress, records
+from thinkfast import progress, ranks, records
 from thinkfast.errors import BadInput
-from thinkfast.sections import Base, Distill, Losses, OnPolicy, Student, Training, Watching
+from thinkfast.sections import Base, Compute, Distill, Losses, OnPolicy, Student, Training, Watching
 from thinkfast.sections import Stages as StageSettings
 from thinkfast.stages import Stages, calibration_ids, layer_plan, ranking_input
 
@@ -22,12 +23,20 @@ if TYPE_CHECKING:
     from thinkfast.distill.trainer import Progress, Source, TrainSettings
     from thinkfast.model.decoder import Decoder
 
+ON_ONE = Compute()
 ANSWERS = "answers.jsonl"
 ANSWER_TOKENS = 1024
 
 
 def make_base(
-    base: Base, teacher_dir: Path, corpus: Corpus, held_out: int, directory: Path, stages: Stages, watch: Watching
+    base: Base,
+    teacher_dir: Path,
+    corpus: Corpus,
+    held_out: int,
+    directory: Path,
+    stages: Stages,
+    watch: Watching,
+    compute: Compute = ON_ONE,
 ) -> Path:
     """Converts every layer and aligns the mixers, for students with any attention layers. Returns the directory.
 
@@ -37,15 +46,16 @@ def make_base(
     settings = {**base.model_dump(mode="json"), "held_out": held_out}
     with stages.open("base", directory, settings=settings, inputs=inputs) as run:
         if not run.done:
-            from thinkfast.model.checkpoint import load_model, save_own
+            from thinkfast.model.checkpoint import load_model
             from thinkfast.student.convert import convert
             from thinkfast.student.plan import LayerPlan
 
             teacher, training = load_model(teacher_dir), corpus.slice(0, len(corpus) - held_out)
             plan = LayerPlan((), base.init, mixer=base.mixer)
             model = convert(teacher, plan, calibration_ids(training), base.seed)
+            _together(teacher, model, compute, base.stages)
             _train(base, teacher, model, training, teacher_dir, directory, run, watch)
-            save_own(model, directory, tokenizer_from=teacher_dir)
+            _write(model, directory, teacher_dir)
             run.note("train", _last_rows(directory / "metrics.jsonl"))
             run.note("result", f"a mixer for each of {model.config.num_layers} layers")
     return _cleared(directory)
@@ -60,6 +70,7 @@ def make_student(
     stages: Stages,
     watch: Watching,
     base: Path | None = None,
+    compute: Compute = ON_ONE,
 ) -> None:
     """Converts one student, or assembles it from a base, and runs its stages; its directory is a model from the
     conversion on, written anew whenever the training state is saved.
@@ -68,7 +79,7 @@ def make_student(
     is kept.
     """
     from thinkfast.distill.trainer import evaluate_kl
-    from thinkfast.model.checkpoint import load_model, save_own
+    from thinkfast.model.checkpoint import load_model
     from thinkfast.student.assemble import assemble
     from thinkfast.student.convert import convert
     from thinkfast.student.plan import plan_document
@@ -85,16 +96,18 @@ def make_student(
             return
         teacher, plan = load_model(teacher_dir), layer_plan(student)
         training, unseen = corpus.slice(0, len(corpus) - held_out), corpus.slice(len(corpus) - held_out, len(corpus))
-        records.write_json(directory / "plan.json", plan_document(plan, teacher.config, calibrated=True))
+        if not ranks.current().rank:
+            records.write_json(directory / "plan.json", plan_document(plan, teacher.config, calibrated=True))
         if base is not None and student.start == "base":
             model = assemble(teacher, load_model(base), plan.attention)
         else:
             model = convert(teacher, plan, calibration_ids(training), student.seed)
         if not run.resuming:
-            save_own(model, directory, tokenizer_from=teacher_dir)
+            _write(model, directory, teacher_dir)
+        _together(teacher, model, compute, student.stages)
         _train(student, teacher, model, training, teacher_dir, directory, run, watch)
         run.note("kl", evaluate_kl(teacher, model, unseen))
-        save_own(model, directory, tokenizer_from=teacher_dir)
+        _write(model, directory, teacher_dir)
         run.note("train", _last_rows(directory / "metrics.jsonl"))
         run.note("result", f"KL {run.notes['kl']:.4f} nats a token on text it was not trained on")
     _cleared(directory)
@@ -102,9 +115,39 @@ def make_student(
 
 def _cleared(directory: Path) -> Path:
     """A finished directory without training states."""
-    for state in directory.glob("*.state"):
-        state.unlink()
+    if not ranks.current().rank:
+        for state in directory.glob("*.state"):
+            state.unlink()
+        for state in directory.glob("*.state.d"):
+            shutil.rmtree(state)
     return directory
+
+
+def _together(teacher: Decoder, model: Decoder, compute: Compute, stages: tuple[str, ...]) -> None:
+    """Shards both models over the processes that torchrun started, if it did."""
+    import torch
+
+    from thinkfast.distill import parallel
+
+    team = ranks.current()
+    if team.together and "on_policy" in stages:
+        raise BadInput("stages: on_policy runs on one process, without torchrun")
+    if not team.together and compute.dtype != "float32":
+        raise BadInput(f"compute.dtype {compute.dtype}: needs torchrun, also for one process (docs/cluster.md)")
+    model.recompute = compute.recompute
+    parallel.shard(team, teacher, model, getattr(torch, compute.dtype))
+
+
+def _write(model: Decoder, directory: Path, teacher_dir: Path) -> Decoder | None:
+    """Writes the model, and returns it whole; None on all processes but the first."""
+    from thinkfast.distill import parallel
+    from thinkfast.model.checkpoint import save_own
+
+    whole = parallel.whole(ranks.current(), model)
+    if whole is not None and not ranks.current().rank:
+        save_own(whole, directory, tokenizer_from=teacher_dir)
+        return whole
+    return None
 
 
 def _train(
@@ -124,7 +167,7 @@ def _train(
     from thinkfast.distill.trainer import Diverged, Watch, distill
 
     name = settings.name if isinstance(settings, Student) else "base"
-    log = track(directory / "tensorboard") if watch.tensorboard else None
+    log = track(directory / "tensorboard") if watch.tensorboard and not ranks.current().rank else None
     saved = partial(_saved, model, training, teacher_dir, directory, watch.answers)
     for stage in settings.stages:
         given: Training = getattr(settings, stage)
@@ -199,9 +242,10 @@ def _saved(
     """Writes the model, and greedy answers to the first prompts of the corpus, once for each step."""
     from thinkfast.data.tokenizer import load_tokenizer
     from thinkfast.engine import Engine, SamplingParams
-    from thinkfast.model.checkpoint import save_own
 
-    save_own(model, directory, tokenizer_from=teacher_dir)
+    whole = _write(model, directory, teacher_dir)
+    if whole is None:
+        return
     path = directory / ANSWERS
     written = path.read_text().splitlines() if path.exists() else []
     place = {"stage": stage, "step": step}
@@ -209,11 +253,13 @@ def _saved(
         return
     tokenizer = load_tokenizer(teacher_dir)
     prompts = [corpus.document(index)[0] for index in range(min(answers, len(corpus)))]
-    room = model.config.max_position_embeddings - max(map(len, prompts))
+    room = whole.config.max_position_embeddings - max(map(len, prompts))
     if room < 1 or not all(prompts):
         return
     params = SamplingParams(max_tokens=min(ANSWER_TOKENS, room), temperature=0)
-    for prompt, (sample,) in zip(prompts, Engine(model, len(prompts)).sample(prompts, 1, params), strict=True):
+    for prompt, (sample,) in zip(
+        prompts, Engine(whole.to(ranks.current().device), len(prompts)).sample(prompts, 1, params), strict=True
+    ):
         text = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(list(sample.token_ids))}
         written.append(json.dumps({**place, **text, "ended": sample.finish_reason}, ensure_ascii=False))
     records.write_text(path, "\n".join(written) + "\n")

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from thinkfast import ranks
 from thinkfast.data.corpus import Batch, Corpus, epoch_batches
-from thinkfast.distill import parallel
 from thinkfast.distill.state import Identity
 from thinkfast.distill.trainer import (
     SILENT,
@@ -98,7 +98,7 @@ def orient(
 
     nothing = torch.zeros(1, 1, student.config.hidden_size, device=student.head_weight.device)
     for index in replaced_layers(teacher, student):
-        parallel.current().call(partial(_state_mixer(blocks(student)[index]).matrix, nothing))
+        ranks.current().call(partial(_state_mixer(blocks(student)[index]).matrix, nothing))
     _train_mixers("matrices", teacher, student, corpus, settings, out_dir, errors, {"length": length}, progress, watch)
     return _evaluated(errors, student, corpus, settings.batch_tokens)
 
@@ -249,5 +249,5 @@ def _evaluated(
     groups = epoch_batches(corpus.lengths, 0, 0, batch_tokens)[:EVALUATED_BATCHES]
     device = student.head_weight.device
     with torch.no_grad():
-        found = [parallel.current().call(partial(errors, corpus.collate(group).to(device))) for group in groups]
+        found = [ranks.current().call(partial(errors, corpus.collate(group).to(device))) for group in groups]
     return {index: sum(float(part[index]) for part in found) / len(found) for index in found[0]}

@@ -9,14 +9,12 @@ processes, and its loss is divided by what is valid in all of them, so the numbe
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +22,9 @@ from torch import Tensor, nn
 from thinkfast import records
 from thinkfast.distill.state import Counters, Identity, check_identity, counters_from, load_state, save_state
 from thinkfast.errors import BadInput
-from thinkfast.model.checkpoint import save_model
 from thinkfast.model.decoder import Block, Decoder
+from thinkfast.ranks import Team
 
-T = TypeVar("T")
 STEP, FACTS = "step-", "state.json"
 CALLED = ("matrix",)
 """Methods of a mixer that stages call beside `forward`; its weights must be whole for them as well."""
@@ -42,81 +39,6 @@ class Pair(nn.Module):
 
     def forward(self, compute: Callable[[], Any]) -> Any:
         return compute()
-
-
-@dataclass
-class Team:
-    """The processes of a run, seen from one of them. Without `torchrun` a run is alone, and nothing is sharded."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    together: bool = False
-    pair: Pair | None = None
-
-    def deal(self, step: Sequence[T]) -> list[tuple[T, int]]:
-        """This process's batches of a step, each with its weight, 1. Where they cannot be dealt out evenly some
-        processes repeat the first with weight 0: all must compute equally often."""
-        mine = [(batch, 1) for batch in step[self.rank :: self.size]]
-        return mine + [(step[0], 0)] * (-(-len(step) // self.size) - len(mine))
-
-    def call(self, compute: Callable[[], T]) -> T:
-        """What `compute` gives, with the weights at hand that it needs. All processes must call it in step."""
-        if self.pair is None:
-            return compute()
-        result: T = self.pair(compute)
-        return result
-
-    def total(self, value: float) -> float:
-        """The sum over all processes."""
-        if not self.together:
-            return value
-        summed = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(summed)
-        return float(summed)
-
-    def agree(self, value: T) -> T:
-        """What the first process holds, on every one of them."""
-        if not self.together:
-            return value
-        holder = [value]
-        torch.distributed.broadcast_object_list(holder, device=self.device)
-        return holder[0]
-
-    def wait(self) -> None:
-        """Returns when every process has come here."""
-        if self.together:
-            torch.distributed.barrier()
-
-
-ALONE = Team()
-_current = ALONE
-
-
-def current() -> Team:
-    """The team of this process: one at a time, as there is one process group."""
-    return _current
-
-
-@contextmanager
-def gathered() -> Iterator[Team]:
-    """The team that `torchrun` started this process in, on the GPU of its local rank or else on the CPU; `ALONE`
-    without it. Leaves the process group at the end."""
-    global _current
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
-        return
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        _current = Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, together=True)
-        yield _current
-    finally:
-        _current = ALONE
-        torch.distributed.destroy_process_group()
 
 
 def shard(team: Team, teacher: Decoder, student: Decoder, dtype: torch.dtype = torch.float32) -> None:
@@ -137,7 +59,7 @@ def shard(team: Team, teacher: Decoder, student: Decoder, dtype: torch.dtype = t
 
     half = dtype != torch.float32
     policy = MixedPrecisionPolicy(dtype, torch.float32) if half else MixedPrecisionPolicy()
-    mesh = init_device_mesh(team.device.type, (team.size,))
+    mesh = init_device_mesh(torch.device(team.device).type, (team.size,))
     team.pair = Pair(teacher.requires_grad_(False).to(dtype), student)
     for model in (teacher, student):
         for block in model.layers:
@@ -147,7 +69,8 @@ def shard(team: Team, teacher: Decoder, student: Decoder, dtype: torch.dtype = t
                     for name in CALLED:
                         if hasattr(part, name):
                             register_fsdp_forward_method(part, name)
-    fully_shard(team.pair, mesh=mesh, mp_policy=policy)
+    # Without this the root stays whole behind an evaluation, and an optimiser made then would hold the wrong tensors.
+    fully_shard(team.pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in team.pair.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the count of all processes already: gradients are summed, not averaged.
@@ -236,16 +159,18 @@ def folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.d")
 
 
-def save_whole(team: Team, student: Decoder, path: Path, tokenizer_from: Path) -> None:
-    """Writes the student as a stock directory, gathered on the first process."""
+def whole(team: Team, student: Decoder) -> Decoder | None:
+    """The student with all of its weights, on the CPU in float32, gathered on the first process; None on the others.
+
+    Alone it is the student itself.
+    """
     if not team.together:
-        save_model(student, path, tokenizer_from=tokenizer_from)
-        return
+        return student
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if team.rank == 0:
-        whole = Decoder(student.config)
-        whole.load_state_dict(weights)
-        save_model(whole, path, tokenizer_from=tokenizer_from)
-    team.wait()
+    if team.rank:
+        return None
+    gathered = Decoder(student.config)
+    gathered.load_state_dict(weights)
+    return gathered.eval()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from thinkfast import records
+from thinkfast import ranks, records
 from thinkfast.data.corpus import Batch, Corpus, Cursor, batches, epoch_batches
 from thinkfast.distill import parallel
 from thinkfast.distill.losses import FORWARD_KL, Loss, LossSchedule, chunked_loss, prediction_mask
@@ -197,7 +197,7 @@ def evaluate_kl(teacher: Decoder, student: Decoder, corpus: Corpus, batch_tokens
     with torch.no_grad():
         for group in epoch_batches(corpus.lengths, 0, 0, batch_tokens):
             batch = corpus.collate(group).to(student.head_weight.device)
-            total += float(parallel.current().call(partial(batch_loss, Loss(FORWARD_KL), teacher, student, batch, 1)))
+            total += float(ranks.current().call(partial(batch_loss, Loss(FORWARD_KL), teacher, student, batch, 1)))
             count += completion_count(batch)
     return total / count
 
@@ -230,7 +230,7 @@ def train(task: Task, settings: TrainSettings, out_dir: Path, watch: Watch = SIL
     untouched."""
     out_dir.mkdir(parents=True, exist_ok=True)
     state_path, metrics_path = out_dir / f"{task.stage}.state", out_dir / "metrics.jsonl"
-    run, team = _Run(task, settings), parallel.current()
+    run, team = _Run(task, settings), ranks.current()
     fixed = {name: getattr(settings, name) for name in settings.__dataclass_fields__ if name != "save_every"}
     everything = {**fixed, **task.identity}
     run.counters = parallel.load(team, state_path, everything, task.model, run.optimizer) or Counters(
@@ -302,7 +302,7 @@ class _Run:
         count = sum(self.task.valid(batch) for batch in step)
         share = self._tokens / self.settings.tokens
         self.optimizer.zero_grad(set_to_none=True)
-        team, value = parallel.current(), 0.0
+        team, value = ranks.current(), 0.0
         for batch, weight in team.deal(step):
             loss = team.call(partial(self.task.loss_of, batch.to(device), count, share)) * weight
             torch.autograd.backward(loss)

@@ -3,8 +3,10 @@ state."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import AttentionCache, Cache, LayerCache, MambaCache
@@ -46,11 +48,15 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids (B, L) -> logits (B, L, vocab). With a `Cache` (see `new_cache`) it goes on from what that holds."""
+    """Token ids (B, L) -> logits (B, L, vocab). With a `Cache` (see `new_cache`) it goes on from what that holds.
+
+    `recompute`: the layers' activations are not kept for the backward pass but computed again (arXiv 1604.06174).
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, kind) for kind in config.layer_types])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -66,7 +72,10 @@ class Decoder(nn.Module):
         """The states after the final norm, (B, L, D)."""
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
-            x = layer(x, None if cache is None else cache.layers[index])
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x, None if cache is None else cache.layers[index])
         normed: Tensor = self.norm(x)
         return normed
 
