@@ -22,7 +22,8 @@ FLOORS = {
     "doctor": 5,
     "harness": 5,
     "plugin": 5,
-    "stages": 5,
+    "stages": 4,
+    "students": 5,
     "scale": 4,
     "distill": 4,
     "bench": 4,
@@ -35,6 +36,7 @@ FLOORS = {
     "errors": 1,
     "records": 1,
     "recipe": 1,
+    "sections": 1,
     "runtime": 1,
     "progress": 1,
 }

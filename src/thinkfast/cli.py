@@ -24,7 +24,6 @@ from thinkfast.options import (
     ProblemsFile,
     Rewards,
     Seed,
-    Solved,
     Source,
     Sources,
     finish,
@@ -79,7 +78,8 @@ def convert(
 ) -> None:
     """Turn a teacher into an untrained student and show where every tensor comes from."""
     from thinkfast import stages
-    from thinkfast.recipe import Student, section
+    from thinkfast.recipe import section
+    from thinkfast.sections import Student
 
     student = section(Student, {"name": "student", "attention": numbers(attention), "init": init, "seed": seed})
     print(stages.convert_model(stages.teacher_directory(str(teacher)), student, data, out))
@@ -87,20 +87,33 @@ def convert(
 
 @app.command()
 def distill(
-    teacher: Model,
-    data: Solved,
-    out: Annotated[Path, typer.Argument(help="A directory: the corpus and the student go there.")],
+    teacher: Annotated[Path, typer.Argument(help="A stock model directory, 'bundled', or a recipe (TOML) for all.")],
+    data: Annotated[Path | None, typer.Argument(help="Rows with problem, answer and solution, or a corpus.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="A directory: the corpus and the student go there.")] = None,
     attention: Attention = "",
     overrides: Overrides = None,
+    plan: Annotated[str | None, typer.Option(metavar="GPUS", help="Only tell what it takes, on e.g. 8xH100.")] = None,
     json_: Json = False,
 ) -> None:
-    """Convert, align and distil one student. --set takes a recipe's keys: align.*, distill.*, corpus.*, student.0.*."""
+    """Convert, align and distil one student of a teacher (TEACHER DATA OUT), or those of a recipe (RECIPE [OUT]).
+
+    --set takes a recipe's keys: align.*, distill.*, corpus.*, student.0.*. Under torchrun on all of its processes.
+    """
     from thinkfast import pipeline
     from thinkfast.recipe import with_overrides
 
+    if teacher.suffix == ".toml":
+        finish(pipeline.distill_recipe(teacher, data, overrides or [], plan), json_)
+        return
+    if data is None or out is None:
+        raise BadInput(f"distill {teacher}: expected TEACHER DATA OUT, or a recipe that ends in .toml")
     raw = {"student": [{"name": "student", "attention": numbers(attention)}], "corpus": {"path": str(data)}}
     recipe = with_overrides(raw, "distill", overrides or [])
-    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out), json_)
+    if plan is not None:
+        finish(pipeline.plan_recipe(recipe, teacher, plan), json_)
+        return
+    watch, compute = recipe.watch, recipe.compute
+    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out, print, watch, compute), json_)
 
 
 @app.command()

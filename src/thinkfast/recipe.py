@@ -7,26 +7,32 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from thinkfast.errors import BadInput
+from thinkfast.sections import (
+    Align,
+    Base,
+    Compute,
+    Count,
+    Distill,
+    Matrices,
+    Name,
+    OnPolicy,
+    Positive,
+    Section,
+    Seed,
+    Sft,
+    Student,
+    Watching,
+)
 
 TEACHER = "teacher"
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0)]
+TRAINED = ("matrices", "align", "distill", "sft", "on_policy")
 S = TypeVar("S", bound="Section")
 Levels = Annotated[tuple[int, ...], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A table of a recipe: frozen, no unknown keys, no silent conversion of text to numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Teacher(Section):
@@ -76,47 +82,6 @@ class Text(Section):
         if self.tokens is not None and not self.sources:
             raise ValueError("tokens is for sources, and there are none")
         return self
-
-
-class Training(Section):
-    """A stage of training; the rate warms up linearly over `warmup` of the tokens and falls to `min_lr` of its peak."""
-
-    tokens: Annotated[int, Field(ge=0)]
-    lr: Positive
-    batch_tokens: Count = 3072
-    warmup: Share = 0.05
-    min_lr: Share = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    seed: Seed = 0
-    row_tokens: Count | None = None
-
-
-class Align(Training):
-    """Layer-wise alignment: every new mixer learns to give what the teacher's mixer gives for the same input."""
-
-    tokens: Annotated[int, Field(ge=0)] = 400_000
-    lr: Positive = 3e-3
-
-
-class Distill(Training):
-    """End to end: the student's next-token distribution learns the teacher's."""
-
-    tokens: Annotated[int, Field(ge=0)] = 4_000_000
-    lr: Positive = 2e-3
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"] = "forward_kl"
-    temperature: Positive = 1.0
-
-
-class Student(Section):
-    """One student. Layers in `attention` stay attention; `align` and `distill` start from the sections of that name."""
-
-    name: Name
-    attention: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    init: Literal["attention", "random"] = "attention"
-    seed: Seed = 0
-    align: Align = Align()
-    distill: Distill = Distill()
 
 
 class SampleSettings(Section):
@@ -189,13 +154,19 @@ class Recipe(Section):
     teacher: Teacher = Teacher()
     problems: Problems = Problems()
     corpus: Text = Text()
+    matrices: Matrices = Matrices()
     align: Align = Align()
     distill: Distill = Distill()
+    sft: Sft = Sft()
+    on_policy: OnPolicy = OnPolicy()
+    base: Base | None = None
     student: Annotated[tuple[Student, ...], Field(min_length=1)]
     sample: SampleSettings = SampleSettings()
     bench: Bench = Bench()
     compare: Compare = Compare()
     report: Report = Report()
+    watch: Watching = Watching()
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -203,6 +174,11 @@ class Recipe(Section):
         for place, name in enumerate(names):
             if name in names[:place]:
                 raise ValueError(f"student name {name!r} is used twice")
+        for student in self.student:
+            if student.start == "base" and self.base is None:
+                raise ValueError(f"student {student.name!r} starts from the base, but there is no table base")
+            if student.start == "base" and self.base is not None and student.mixer != self.base.mixer:
+                raise ValueError(f"student {student.name!r} has mixer {student.mixer!r}, the base {self.base.mixer!r}")
         if self.compare.baseline not in names:
             raise ValueError(f"compare.baseline {self.compare.baseline!r} is not one of {', '.join(names)}")
         needed = self.compare.grid.last * self.problems.count
@@ -254,19 +230,21 @@ def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
     """Checks a recipe that is already a dictionary; `source` names it in errors."""
     students = raw.get("student")
     if isinstance(students, list):
-        raw = {**raw, "student": [_with_defaults(raw, student) for student in students]}
+        raw = {**raw, "student": [_with_defaults(raw, student, TRAINED) for student in students]}
+    if isinstance(raw.get("base"), dict):
+        raw = {**raw, "base": _with_defaults(raw, raw["base"], ("matrices", "align"))}
     try:
         return Recipe.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         raise BadInput(f"{source}: {_first_error(error)}") from None
 
 
-def _with_defaults(raw: Mapping[str, Any], student: Any) -> Any:
-    """A student's tables `align` and `distill` over the recipe's."""
+def _with_defaults(raw: Mapping[str, Any], student: Any, stages: Sequence[str]) -> Any:
+    """A student's tables of stages over the recipe's."""
     if not isinstance(student, dict):
         return student
     merged = dict(student)
-    for section in ("align", "distill"):
+    for section in stages:
         common, own = raw.get(section, {}), student.get(section, {})
         if isinstance(common, dict) and isinstance(own, dict):
             merged[section] = {**common, **own}
@@ -315,7 +293,8 @@ def _first_error(error: ValidationError, root: type[Section] = Recipe) -> str:
     """One line for the first thing wrong: an unknown key first, since it may be why another is missing."""
     problems = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # Which alternative of a union was tried is no part of the place.
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "dict[")))
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)

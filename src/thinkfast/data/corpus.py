@@ -251,7 +251,7 @@ class Corpus:
 
     def _completion(self, index: int) -> npt.NDArray[np.bool_]:
         """Which tokens of a document belong to a completion."""
-        mask = np.arange(self.lengths[index]) >= self.prompt_lengths[index]
+        mask: npt.NDArray[np.bool_] = np.arange(self.lengths[index]) >= self.prompt_lengths[index]
         for begin, end in self._gaps_of(index):
             mask[begin:end] = False
         return mask

@@ -7,7 +7,7 @@ unit by unit, activations of one batch. FLOPs are those of matrix products and r
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ SINGLE, HALF = 4, 2
 RESERVE = 1.5 * GIB
 """The context of the GPU's driver and libraries, and what the allocator cannot join."""
 SHARE = 0.3
-"""The share of a card's peak that a plan counts on, unless a measured one is given."""
+"""The share of a card's peak that a plan counts on: an assumption, told with every plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,15 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """How a run computes: the number of processes, in bfloat16 or not, with activations computed again or kept."""
+
+    processes: int
+    half: bool
+    recompute: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """What a phase takes: bytes on every GPU by purpose, FLOPs in all, hours on the GPUs."""
 
@@ -76,9 +85,13 @@ class Cost:
         """Bytes on every GPU."""
         return sum(self.memory.values())
 
+    def of_all(self, processes: int) -> Cost:
+        """The same with the memory of all processes on one machine."""
+        return replace(self, memory={name: processes * value for name, value in self.memory.items()})
+
 
 def parse_gpus(text: str) -> tuple[int, Card]:
-    """"8xH100" as a number and a card. Raises BadInput naming the cards that are known."""
+    """ "8xH100" as a number and a card. Raises BadInput naming the cards that are known."""
     match = re.fullmatch(r"(?:(\d+)x)?(\S+)", text.strip())
     if match is None or match[2].lower() not in CARDS or match[1] == "0":
         raise BadInput(f"--gpus {text}: expected a number and a card, e.g. 8xH100; known are {', '.join(CARDS)}")
@@ -150,17 +163,15 @@ def layer_bytes(config: DecoderConfig, kind: str, width: int) -> float:
     return kept + width * (mamba.in_proj_rows + 2 * mamba.conv_dim + 2 * mamba.d_inner) + scan
 
 
-def memory(
-    teacher: DecoderConfig, student: DecoderConfig, phase: Phase, processes: int, half: bool, recompute: bool
-) -> dict[str, float]:
+def memory(teacher: DecoderConfig, student: DecoderConfig, phase: Phase, setting: Setting) -> dict[str, float]:
     """Bytes on every GPU by purpose, the largest at any moment of a step."""
     mine, theirs = sizes(student), sizes(teacher)
-    width = HALF if half else SINGLE
+    width, processes = HALF if setting.half else SINGLE, setting.processes
     trained = mine.recurrent if phase.layerwise else mine.whole
     layers = [layer_bytes(student, kind, width) for kind in student.layer_types]
     if phase.layerwise:
         kept = sum(bytes_ for bytes_, kind in zip(layers, student.layer_types, strict=True) if kind != ATTENTION)
-    elif recompute:
+    elif setting.recompute:
         kept = max(layers) + len(layers) * student.hidden_size * width
     else:
         kept = sum(layers)
@@ -181,16 +192,13 @@ def cost(
     teacher: DecoderConfig,
     student: DecoderConfig,
     phase: Phase,
-    processes: int,
+    setting: Setting,
     card: Card,
-    half: bool,
-    recompute: bool,
-    share: float = SHARE,
 ) -> Cost:
-    """What a phase takes on `processes` cards that reach `share` of their peak."""
-    work = flops(teacher, student, phase, recompute)
-    hours = work / (processes * card.peak * share) / 3600
-    return Cost(phase, memory(teacher, student, phase, processes, half, recompute), work, hours)
+    """What a phase takes on cards that reach `SHARE` of their peak."""
+    work = flops(teacher, student, phase, setting.recompute)
+    hours = work / (setting.processes * card.peak * SHARE) / 3600
+    return Cost(phase, memory(teacher, student, phase, setting), work, hours)
 
 
 def check_memory(cost: Cost, available: float, where: str) -> None:

@@ -1,22 +1,20 @@
 """A run on several processes: who takes which batches, weights in shards, and states that any number of them reads.
 
 `torchrun` starts the processes. Student and teacher are sharded by `fully_shard` (FSDP2), each mixer and each
-feed-forward layer a unit of its own, so that every stage may call them one by one; what is left (embeddings, norms, head)
-is gathered once a batch by the pair that holds both models. A step takes the same batches whatever the number of
+feed-forward layer a unit of its own, so that every stage may call them one by one; what is left (embeddings, norms,
+head) is gathered once a batch by the pair that holds both models. A step takes the same batches whatever the number of
 processes, and its loss is divided by what is valid in all of them, so the number changes a run by rounding alone.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +22,11 @@ from torch import Tensor, nn
 from thinkfast import records
 from thinkfast.distill.state import Counters, Identity, check_identity, counters_from, load_state, save_state
 from thinkfast.errors import BadInput
-from thinkfast.model.checkpoint import save_model
 from thinkfast.model.decoder import Block, Decoder
+from thinkfast.ranks import Team
 
-T = TypeVar("T")
 STEP, FACTS = "step-", "state.json"
-CALLED = ("matrix", "queries_keys")
+CALLED = ("matrix",)
 """Methods of a mixer that stages call beside `forward`; its weights must be whole for them as well."""
 
 
@@ -42,72 +39,6 @@ class Pair(nn.Module):
 
     def forward(self, compute: Callable[[], Any]) -> Any:
         return compute()
-
-
-@dataclass
-class Team:
-    """The processes of a run, seen from one of them. Without `torchrun` a run is alone, and nothing is sharded."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    together: bool = False
-    pair: Pair | None = None
-
-    def deal(self, step: Sequence[T]) -> list[tuple[T, int]]:
-        """This process's batches of a step, each with its weight, 1. Where they cannot be dealt out evenly some
-        processes repeat the first with weight 0: all must compute equally often."""
-        mine = [(batch, 1) for batch in step[self.rank :: self.size]]
-        return mine + [(step[0], 0)] * (-(-len(step) // self.size) - len(mine))
-
-    def call(self, compute: Callable[[], T]) -> T:
-        """What `compute` gives, with the weights at hand that it needs. All processes must call it in step."""
-        if self.pair is None:
-            return compute()
-        result: T = self.pair(compute)
-        return result
-
-    def total(self, value: float) -> float:
-        """The sum over all processes."""
-        if not self.together:
-            return value
-        summed = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(summed)
-        return float(summed)
-
-    def agree(self, value: T) -> T:
-        """What the first process holds, on every one of them."""
-        if not self.together:
-            return value
-        holder = [value]
-        torch.distributed.broadcast_object_list(holder, device=self.device)
-        return holder[0]
-
-    def wait(self) -> None:
-        """Returns when every process has come here."""
-        if self.together:
-            torch.distributed.barrier()
-
-
-ALONE = Team()
-
-
-@contextmanager
-def gathered() -> Iterator[Team]:
-    """The team that `torchrun` started this process in, on the GPU of its local rank or else on the CPU; `ALONE` without
-    it. Leaves the process group at the end."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
-        return
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, together=True)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def shard(team: Team, teacher: Decoder, student: Decoder, dtype: torch.dtype = torch.float32) -> None:
@@ -128,7 +59,7 @@ def shard(team: Team, teacher: Decoder, student: Decoder, dtype: torch.dtype = t
 
     half = dtype != torch.float32
     policy = MixedPrecisionPolicy(dtype, torch.float32) if half else MixedPrecisionPolicy()
-    mesh = init_device_mesh(team.device.type, (team.size,))
+    mesh = init_device_mesh(torch.device(team.device).type, (team.size,))
     team.pair = Pair(teacher.requires_grad_(False).to(dtype), student)
     for model in (teacher, student):
         for block in model.layers:
@@ -138,7 +69,8 @@ def shard(team: Team, teacher: Decoder, student: Decoder, dtype: torch.dtype = t
                     for name in CALLED:
                         if hasattr(part, name):
                             register_fsdp_forward_method(part, name)
-    fully_shard(team.pair, mesh=mesh, mp_policy=policy)
+    # Without this the root stays whole behind an evaluation, and an optimiser made then would hold the wrong tensors.
+    fully_shard(team.pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in team.pair.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the count of all processes already: gradients are summed, not averaged.
@@ -164,8 +96,8 @@ def save(
         save_state(path, identity, counters, model, optimizer)
         shutil.rmtree(folder(path), ignore_errors=True)
         return
-    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
     place = folder(path) / f"{STEP}{counters.step:09d}"
     staging = place.with_name(f".{place.name}")
@@ -175,7 +107,7 @@ def save(
     team.wait()
     weights, moments = get_state_dict(model, optimizer)
     document = {"model": weights, "optimizer": moments, "random": torch.random.get_rng_state()}
-    checkpoint.save(document, checkpoint_id=staging)
+    save_parts(document, checkpoint_id=staging)
     if team.rank == 0:
         records.write_json(staging / FACTS, {"identity": dict(identity), "counters": asdict(counters)})
         shutil.rmtree(place, ignore_errors=True)
@@ -197,8 +129,9 @@ def load(
         if team.together and path.exists():
             raise BadInput(f"{path}: was saved without torchrun; go on without it, or remove the file to begin anew")
         return load_state(path, identity, model, optimizer)
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
     place = saved[-1]
     try:
@@ -208,18 +141,16 @@ def load(
         raise BadInput(f"{place}: not a training state ({type(error).__name__}); remove it to begin anew") from None
     check_identity(place, facts["identity"], identity)
     weights, moments = get_state_dict(model, optimizer)
-    document = {"model": weights, "optimizer": moments, "random": torch.random.get_rng_state()}
+    random = torch.random.get_rng_state()
     with warnings.catch_warnings():
         if not team.together:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
-            checkpoint.load(document, checkpoint_id=place)
-        except (checkpoint.CheckpointException, RuntimeError, ValueError) as error:
+            load_parts({"model": weights, "optimizer": moments, "random": random}, checkpoint_id=place)
+        except (CheckpointException, RuntimeError, ValueError) as error:
             raise BadInput(f"{place}: belongs to another model ({str(error).splitlines()[0]})") from None
-    set_state_dict(
-        model, optimizer, model_state_dict=document["model"], optim_state_dict=document["optimizer"]
-    )
-    torch.random.set_rng_state(document["random"])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    torch.random.set_rng_state(random)
     return counters
 
 
@@ -228,16 +159,18 @@ def folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.d")
 
 
-def save_whole(team: Team, student: Decoder, path: Path, tokenizer_from: Path) -> None:
-    """Writes the student as a stock directory, gathered on the first process."""
+def whole(team: Team, student: Decoder) -> Decoder | None:
+    """The student with all of its weights, on the CPU in float32, gathered on the first process; None on the others.
+
+    Alone it is the student itself.
+    """
     if not team.together:
-        save_model(student, path, tokenizer_from=tokenizer_from)
-        return
+        return student
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if team.rank == 0:
-        whole = Decoder(student.config)
-        whole.load_state_dict(weights)
-        save_model(whole, path, tokenizer_from=tokenizer_from)
-    team.wait()
+    if team.rank:
+        return None
+    gathered = Decoder(student.config)
+    gathered.load_state_dict(weights)
+    return gathered.eval()

@@ -14,7 +14,7 @@ from thinkfast.engine.sampling import draw
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
 from thinkfast.model.cache import AttentionCache, Cache, new_cache
-from thinkfast.model.config import ATTENTION
+from thinkfast.model.config import ATTENTION, MAMBA2
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import rope_frequencies
 from thinkfast.ops.cpu.build import BuildError
@@ -75,8 +75,8 @@ class NativeBackend:
 
     def __init__(self, model: Decoder, kv_dtype: str, weights: str = "auto") -> None:
         config, mamba = model.config, model.config.mamba
-        if mamba is not None and mamba.discrete:
-            raise BuildError("the kernels have no Discrete Mamba-2")
+        if mamba is not None and mamba.kind != MAMBA2:
+            raise BuildError(f"the kernels have no {mamba.title}")
         if config.qkv_bias or config.qk_norm:
             raise BuildError(f"the kernels have no {'QKV bias' if config.qkv_bias else 'QK norm'}")
         # Half the bytes a step, and wide enough for keys and values.
