@@ -44,7 +44,8 @@ def test_a_native_state_takes_what_the_plan_says(any_model: Decoder, kv_dtype: s
 def test_a_budget_decides_slots_and_tokens_stay_the_same(make_model: Callable[..., Decoder], name: str) -> None:
     model = make_model(name)
     want = [[s.token_ids for s in row] for row in Engine(model, 8, kv_dtype="float32").sample(PROMPTS, 3, PARAMS)]
-    each, kept = room.slot_bytes(model.config, 50, "float32"), room.kept_bytes(model.config, 30, "float32")
+    sizes = Engine(model, kv_dtype="float32")
+    each, kept = sizes.slot_bytes(50), sizes.kept_bytes(30)
     for slots, states in ((1, 2), (3, 2), (3, 4), (8, 6)):
         engine = Engine(model, 8, kv_dtype="float32", memory=slots * each + states * kept)
         assert engine.plan(50, 30).slots >= slots
@@ -85,8 +86,8 @@ def test_what_cannot_fit_is_refused_at_the_call(make_model: Callable[..., Decode
 
 def test_a_live_engine_takes_the_slots_that_fit(make_model: Callable[..., Decoder]) -> None:
     model = make_model("hybrid")
-    each, kept = (size(model.config, 64, "bfloat16") for size in (room.slot_bytes, room.kept_bytes))
-    live = LiveEngine(Engine(model, 50, memory=3 * each + 2 * kept), 64)
+    sizes = Engine(model)
+    live = LiveEngine(Engine(model, 50, memory=3 * sizes.slot_bytes(64) + 2 * sizes.kept_bytes(64)), 64)
     try:
         assert live.slots == 3
     finally:
