@@ -14,7 +14,16 @@ from thinkfast.data.problems import Problem
 from thinkfast.data.sets import open_problems
 from thinkfast.errors import BadInput
 from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Student, Text, dump_recipe, load_recipe
-from thinkfast.stages import Say, Stages, copy_teacher, make_corpus, make_problems, make_student, teacher_directory
+from thinkfast.stages import (
+    Say,
+    Stages,
+    copy_teacher,
+    make_corpus,
+    make_problems,
+    make_student,
+    teacher_directory,
+    text_sources,
+)
 
 
 def run_file(path: Path, out: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -33,6 +42,7 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
     """
     source = teacher_directory(recipe.teacher.path)
     _require_files(recipe.problems.path, recipe.corpus.path)
+    text_sources(recipe.corpus)
     with records.locked(out):
         if not (out / "recipe.toml").exists():
             records.write_text(out / "recipe.toml", dump_recipe(recipe))
@@ -59,7 +69,7 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
 def _require_files(*paths: str | None) -> None:
     """Refuses missing files before anything is written."""
     for path in paths:
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).is_file() and not (Path(path) / "corpus.json").is_file():
             raise BadInput(f"{path}: no such file")
 
 
@@ -89,6 +99,7 @@ def distill_model(teacher: Path, text: Text, student: Student, out: Path, say: S
     """
     stages, teacher_dir = Stages(say), teacher_directory(str(teacher))
     _require_files(text.path)
+    text_sources(text)
     with records.locked(out):
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
         make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages)

@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -44,8 +44,19 @@ class Problems(Section):
     path: str | None = None
 
 
+class TextSource(Section):
+    """Rows of files (`data/*.parquet`) or of a Hugging Face data set (`hf:owner/name`), see `data/sources.py`."""
+
+    path: str
+    weight: Positive = 1.0
+    split: str = "train"
+    config: str | None = None
+    text: str = "text"
+
+
 class Text(Section):
-    """Training text: generated problems of the train split with their solutions, or a file with both.
+    """Training text: generated problems of the train split with their solutions, a file with both, a directory that was
+    tokenised before, or several `sources`, mixed by weight until there are `tokens` of them.
 
     `held_out` documents are kept from training to measure the KL divergence on.
     """
@@ -55,6 +66,16 @@ class Text(Section):
     levels: Levels = (3, 4, 5)
     path: str | None = None
     held_out: Count = 200
+    sources: tuple[TextSource, ...] = ()
+    tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.path is not None and self.sources:
+            raise ValueError("path and sources exclude each other")
+        if self.tokens is not None and not self.sources:
+            raise ValueError("tokens is for sources, and there are none")
+        return self
 
 
 class Training(Section):
@@ -68,6 +89,7 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "wsd"] = "cosine"
     seed: Seed = 0
+    row_tokens: Count | None = None
 
 
 class Align(Training):
@@ -313,7 +335,8 @@ def _known_keys(root: type[Section], location: tuple[int | str, ...]) -> list[st
         if isinstance(part, int):
             continue
         annotation = section.model_fields[part].annotation
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else Student
+        inner = (annotation, *get_args(annotation))
+        section = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, Section))
     return list(section.model_fields)
 
 
@@ -332,9 +355,17 @@ def dump_recipe(recipe: Recipe) -> str:
 def _dump_table(lines: list[str], name: str, table: Mapping[str, Any], array: bool) -> None:
     lines.append(f"\n[[{name}]]" if array else f"\n[{name}]")
     inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    lines.extend(f"{key} = {_toml(value)}" for key, value in table.items() if key not in inner)
+    arrays = {
+        key: value
+        for key, value in table.items()
+        if value and isinstance(value, list) and isinstance(value[0], Mapping)
+    }
+    lines.extend(f"{key} = {_toml(value)}" for key, value in table.items() if key not in inner | arrays)
     for key, value in inner.items():
         _dump_table(lines, f"{name}.{key}", value, array=False)
+    for key, tables in arrays.items():
+        for value in tables:
+            _dump_table(lines, f"{name}.{key}", value, array=True)
 
 
 def _toml(value: object) -> str:

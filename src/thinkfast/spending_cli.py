@@ -1,4 +1,4 @@
-"""The commands about what samples are worth: rewards, overlap, adaptive sampling and the planner."""
+"""The commands about what samples are worth: rewards, overlap, retention, adaptive sampling and the planner."""
 
 from __future__ import annotations
 
@@ -63,6 +63,24 @@ def overlap(
 
     document = report_overlap(test, train)
     print(f"{document['overlapping']} of {document['problems']} problems of {test} stand in {train}")
+    finish(document, json_)
+
+
+@app.command()
+def retain(
+    models: Annotated[list[Path], typer.Argument(help="Model directories, the teacher first.")],
+    samples: Annotated[Path, typer.Argument(help="Their samples, in a directory of each model's name.")],
+    problems: Annotated[Path, typer.Option("--problems", help="What the samples answer.")],
+    texts: Annotated[int, typer.Option(min=1, help="Completions of the teacher to compare on, token by token.")] = 200,
+    out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Tell what distillation cost: well-formed answers, length, repetition, KL and agreement, level by level."""
+    from thinkfast import retention
+
+    document = retention.retain(models, samples, problems, texts, seed, out)
+    print("\n".join(retention.in_words(document)))
     finish(document, json_)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from thinkfast.data.corpus import Corpus
+    from thinkfast.data.sources import Source
     from thinkfast.data.tokenizer import Tokenizer
     from thinkfast.distill.trainer import Progress, TrainSettings
 
@@ -98,22 +99,47 @@ def copy_teacher(source: Path, directory: Path, stages: Stages) -> Path:
 
 
 def make_corpus(settings: Text, teacher: Path, directory: Path, stages: Stages) -> Corpus:
-    """Problems of the train split with their worked solutions, tokenised for the teacher."""
+    """The training text tokenised for the teacher: problems of the train split with their worked solutions, or what the
+    recipe names. A directory that holds a corpus already is read where it is."""
     from thinkfast.data.corpus import Corpus, write_corpus
+    from thinkfast.data.sources import mixed
     from thinkfast.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(teacher)
     inputs = {"tokenizer": tokenizer.fingerprint}
+    if settings.path is not None and (Path(settings.path) / "corpus.json").exists():
+        return _with_held_out(Corpus(settings.path, tokenizer.fingerprint), settings)
+    sources = text_sources(settings)
+    for source in sources:
+        inputs |= {f"corpus file {file}": records.hash_path(file) for file in source.files()}
     if settings.path is not None:
         inputs["corpus file"] = records.hash_path(Path(settings.path))
     with stages.open("corpus", directory, settings=settings.model_dump(mode="json"), inputs=inputs) as run:
         if not run.done:
-            source = settings.path or "the generated problems"
-            problems = load_problems(settings.path) if settings.path else generated(settings, "train")
-            documents = _documents(problems, tokenizer, source)
-            corpus = write_corpus(directory, documents, tokenizer.fingerprint, tokenizer.vocab_size)
+            counts: list[dict[str, Any]] = []
+            documents: Iterable[Sequence[list[int]]]
+            if sources:
+                documents = mixed(sources, tokenizer, settings.tokens, counts)
+            else:
+                problems = load_problems(settings.path) if settings.path else generated(settings, "train")
+                documents = _documents(problems, tokenizer, settings.path or "the generated problems")
+            corpus = write_corpus(directory, documents, tokenizer.fingerprint, tokenizer.vocab_size, counts)
+            if counts:
+                run.note("sources", counts)
             run.note("result", f"{len(corpus)} documents, {corpus.tokens / 1e6:.2f}M tokens")
-    corpus = Corpus(directory, tokenizer.fingerprint)
+    return _with_held_out(Corpus(directory, tokenizer.fingerprint), settings)
+
+
+def text_sources(settings: Text) -> list[Source]:
+    """The sources of a mixture. Raises BadInput for one that is not there."""
+    from thinkfast.data.sources import Source, check_sources
+
+    sources = [Source(**source.model_dump()) for source in settings.sources]
+    check_sources(sources, settings.tokens)
+    return sources
+
+
+def _with_held_out(corpus: Corpus, settings: Text) -> Corpus:
     if settings.held_out >= len(corpus):
         raise BadInput(f"corpus.held_out {settings.held_out}: expected fewer than the corpus' {len(corpus)} documents")
     return corpus
@@ -215,6 +241,7 @@ def _training(settings: Training) -> TrainSettings:
         weight_decay=settings.weight_decay,
         schedule=settings.schedule,
         seed=settings.seed,
+        row_tokens=settings.row_tokens,
     )
 
 

@@ -63,7 +63,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     )
 
     def make(name: str, dtype: torch.dtype = torch.float32, **more: object) -> Path:
-        path = root / "-".join([name, str(dtype), *map(str, more)])
+        path = root / "-".join([name, str(dtype), *(f"{key}={value}" for key, value in more.items())])
         if not path.exists():
             model = Decoder(replace(base, **{**CHANGES[name], **more}))
             randomise(model)

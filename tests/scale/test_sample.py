@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -16,7 +17,7 @@ from thinkfast.data.chat import named_prompt, render_prompt
 from thinkfast.data.problems import Problem, dump_problems
 from thinkfast.data.tokenizer import load_tokenizer
 from thinkfast.data.wordproblems import generate
-from thinkfast.engine import Engine, SamplingParams
+from thinkfast.engine import Engine, Sample, SamplingParams
 from thinkfast.errors import BadInput
 from thinkfast.model import checkpoint
 from thinkfast.model.checkpoint import load_model, save_model
@@ -170,7 +171,31 @@ def test_killed_it_goes_on_and_the_lost_time_counts(
     assert rows[: len(kept)] == kept
     assert drawn.samples == len(rows) > len(kept)
     assert min(row.t_start for row in rows[len(kept) :]) >= spent
-    assert 0.9 <= drawn.seconds < 3.0  # the last sample may have ended just before the deadline
+    assert 1.0 <= drawn.seconds < 3.0
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_deadline_between_two_samples_is_spent_all_the_same(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    """Every running sample ends, the clock runs out before the next one starts: no row reaches the deadline."""
+    settings = SETTINGS.model_copy(update={"seconds": 50.0})
+
+    def stream(self: Engine, *_: object) -> Iterator[tuple[int, int, Sample]]:
+        for problem in range(5):
+            yield problem, 0, Sample((5, 6), "stop", 0.0, 49.9 + 0.01 * problem, -1.0)
+        if cut:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "stream", stream)
+        if cut:
+            with pytest.raises(KeyboardInterrupt):
+                sample_model(tiny_teacher, problems, settings, tmp_path)
+            patch.setattr(Engine, "stream", lambda *_: iter(()))
+        assert sample_model(tiny_teacher, problems, settings, tmp_path).seconds == 50.0
+    assert sample_model(tiny_teacher, problems, settings, tmp_path).seconds == 50.0
+    assert records.read_json(tmp_path / "run.json")["notes"]["drawn"]["seconds"] == 50.0
 
 
 def test_the_clock_ends_it(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:

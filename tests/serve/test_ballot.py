@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinkfast.errors import BadInput
@@ -35,7 +35,7 @@ def test_other_answers_wait_for_the_grader() -> None:
     assert made.unplaced == ["\\frac{1}{2}", "x+1", "0.5", "1+x"]
     assert not made.decided(), "two classes may still turn out to be one"
     assert made.totals() == {"\\frac{1}{2}": 1, "x+1": 2, "0.5": 1, "1+x": 1}
-    with Grader(seconds=5.0) as grader:
+    with Grader(seconds=120.0) as grader:
         while made.unplaced:
             answer = made.unplaced[0]
             made.place(answer, find_equal(grader, made.representatives, answer))
@@ -66,6 +66,7 @@ def test_when_a_vote_is_decided(
     assert ballot(strategy, answers, limit, least).decided() == decided
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["1", "2", "3", None]), max_size=14), st.integers(0, 14))
 def test_no_majority_that_is_decided_changes(answers: list[str | None], cut: int) -> None:
     early = ballot("majority", answers[:cut], limit=len(answers))
@@ -102,6 +103,7 @@ def test_nothing_is_no_answer() -> None:
     assert made.outcome(1.0, "deadline").samples == 0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30))
 def test_certainty_is_a_probability_and_symmetric(first: int, second: int) -> None:
     assert 0 < sure(first, second) < 1

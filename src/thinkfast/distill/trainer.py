@@ -41,7 +41,8 @@ class Diverged(Exception):
 class TrainSettings:
     """What fixes a run. `tokens` and `batch_tokens` count tokens (a batch with, a run without padding); `warmup` is a
     share of the tokens, `min_lr` a share of `lr`; `schedule` is "cosine" or "wsd" (constant, then linear decay over the
-    last fifth); `save_every` counts steps. Raises BadInput naming the field that is out of range."""
+    last fifth); `save_every` counts steps; `row_tokens` is that of `batches`. Raises BadInput naming the field that is
+    out of range."""
 
     tokens: int
     lr: float
@@ -52,6 +53,7 @@ class TrainSettings:
     schedule: str = COSINE
     seed: int = 0
     save_every: int = 100
+    row_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "lr", "batch_tokens", "save_every"):
@@ -176,7 +178,7 @@ def train(
     everything = {**fixed, **identity, "corpus": corpus.identity}
     counters = load_state(state_path, everything, model, optimizer) or Counters(Cursor(settings.seed))
     _drop_rows(metrics_path, stage, counters.step)
-    stream = batches(corpus, counters.cursor, settings.batch_tokens)
+    stream = batches(corpus, counters.cursor, settings.batch_tokens, settings.row_tokens)
     mark, before = time.monotonic(), counters.seconds
     with metrics_path.open("a", encoding="utf-8") as metrics:
         while counters.tokens < settings.tokens:

@@ -18,7 +18,7 @@ from thinkfast.model.config import ATTENTION
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import rope_frequencies
 from thinkfast.ops.cpu.build import BuildError
-from thinkfast.ops.cpu.native import NativeModel, NativePool, Shape
+from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "native", "torch")
@@ -59,21 +59,26 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The state behind `length` tokens, either as bytes or as a cache of one row."""
+    """The state behind `length` tokens, in the native kernels' pages or as a cache of one row."""
 
     length: int
-    state: NDArray[np.uint8] | Cache
+    state: NativeKept | Cache
 
 
 class NativeBackend:
-    """The C++ kernels, with `torch.get_num_threads()` threads. Holds a float32 copy of the weights."""
+    """The C++ kernels, with `torch.get_num_threads()` threads. Holds a copy of the weights, in float32 or bfloat16.
+
+    weights: "float32", "bfloat16", or "auto": bfloat16 where that loses nothing, as with checkpoints stored in it.
+    """
 
     name = "native"
 
-    def __init__(self, model: Decoder, kv_dtype: str) -> None:
+    def __init__(self, model: Decoder, kv_dtype: str, weights: str = "auto") -> None:
         config, mamba = model.config, model.config.mamba
         if mamba is not None and mamba.discrete:
             raise BuildError("the kernels have no Discrete Mamba-2")
+        if config.qkv_bias or config.qk_norm:
+            raise BuildError(f"the kernels have no {'QKV bias' if config.qkv_bias else 'QK norm'}")
         # Half the bytes a step, and wide enough for keys and values.
         self.kv_dtype = "float32" if kv_dtype == "float32" else "bfloat16"
         shape = Shape(
@@ -91,7 +96,9 @@ class NativeBackend:
             shape = replace(shape, mamba=sizes)
         tensors = {**model.state_dict(), "head": model.head_weight}
         frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
-        self.model = NativeModel(shape, tensors, frequency)
+        half = weights == "bfloat16" or (weights == "auto" and all(map(_is_bfloat16, tensors.values())))
+        self.weights = "bfloat16" if half else "float32"
+        self.model = NativeModel(shape, tensors, frequency, half)
 
     def memory(self, slots: int, capacity: int) -> NativeMemory:
         return NativeMemory(self.model, slots, capacity, self.kv_dtype == "bfloat16", torch.get_num_threads())
@@ -99,6 +106,11 @@ class NativeBackend:
     def fits(self, memory: Memory, capacity: int) -> bool:
         threads = memory.threads if isinstance(memory, NativeMemory) else 0
         return memory.capacity >= capacity and threads == torch.get_num_threads()
+
+
+def _is_bfloat16(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, if it is a matrix, holds nothing that bfloat16 would round."""
+    return tensor.ndim != 2 or tensor.dtype == torch.bfloat16 or torch.equal(tensor.bfloat16().to(tensor.dtype), tensor)
 
 
 class NativeMemory:
@@ -121,13 +133,17 @@ class NativeMemory:
                     held[at] = state.length
             self._pool.prefill(lanes, together, held)
             for lane, length, prompt in zip(lanes, held, together, strict=True):
-                kept.append(Kept(length + len(prompt), self._pool.save(lane, length + len(prompt))))
+                kept.append(Kept(length + len(prompt), self._pool.keep(lane, length + len(prompt))))
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
+        self.resume(kept, slot, share=True)
+
+    def resume(self, kept: Kept, slot: int, share: bool) -> None:
+        """`fork`; without `share` onto keys and values of its own, as if the slot had drawn the tokens itself."""
         if isinstance(kept.state, Cache):
             raise ValueError("a torch cache was given to the native backend")
-        self._pool.load(slot, kept.length, kept.state)
+        self._pool.resume(slot, kept.state, share)
 
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
         tokens, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)
@@ -211,22 +227,25 @@ def _rows_of(kept: Kept) -> Cache:
     return kept.state
 
 
-def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto") -> Backend:
+def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto", weights: str = "auto") -> Backend:
     """`auto` takes the native kernels where the model is on the CPU and they can be compiled, else torch.
 
+    weights: the native kernels' copy of the matrices, see `NativeBackend`.
     Raises BadInput for an unknown name, and for "native" where the kernels cannot be had.
     """
     if backend not in BACKENDS:
         raise BadInput(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if kv_dtype not in KV_DTYPES:
         raise BadInput(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
+    if weights not in KV_DTYPES:
+        raise BadInput(f"weights is {weights!r}, expected one of {', '.join(KV_DTYPES)}")
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     if backend == "native" and not on_cpu:
         raise BadInput(f"backend 'native' needs a model on the cpu, this one is on {model.embed_tokens.weight.device}")
     if backend == "torch" or not on_cpu:
         return TorchBackend(model, kv_dtype)
     try:
-        return NativeBackend(model, kv_dtype)
+        return NativeBackend(model, kv_dtype, weights)
     except BuildError as error:
         if backend == "native":
             raise BadInput(f"backend 'native': {error}") from error

@@ -135,6 +135,7 @@ class LiveEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._pace, self._flushed = 0.0, 0.0
+        self._stepped = math.inf  # when the step before this one ended, where nothing but work lies between
         self._refusing = False
         self._thread = threading.Thread(target=self._run, name="thinkfast-engine", daemon=True)
         self._thread.start()
@@ -226,6 +227,7 @@ class LiveEngine:
             while not self._commands and not self._live:
                 if self._refusing:
                     return False
+                self._stepped = math.inf
                 self._wake.wait()
             commands, self._commands = self._commands, deque()
         for call in commands:
@@ -262,7 +264,7 @@ class LiveEngine:
             for ticket in self._live:
                 for index, slot in ticket.running.items():
                     self._tell_piece(ticket, index, slot)
-        elapsed = now - started
+        elapsed, self._stepped = now - min(started, self._stepped), now
         self._pace = elapsed if self._pace == 0 else (1 - PACE) * self._pace + PACE * elapsed
 
     def _close_due(self, now: float) -> None:

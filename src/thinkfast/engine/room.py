@@ -10,7 +10,7 @@ import torch
 from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, DecoderConfig
 
-BLOCK = 16  # the native kernels pad heads and capacities to it
+BLOCK = 32  # the native kernels pad heads to it and keep tokens in pages of so many
 HISTORY_BYTES = 12  # a drawn token: its id and its log-probability
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -73,6 +73,8 @@ def expressible(config: DecoderConfig, source: Path) -> DecoderConfig:
     Raises BadInput for a shape that llama.cpp has not got.
     """
     mamba = config.mamba
+    if config.qkv_bias or config.qk_norm:
+        raise BadInput(f"{source}: {'QKV bias' if config.qkv_bias else 'QK norm'} is not written for llama.cpp")
     check_stock(config)
     if MAMBA not in config.layer_types or mamba is None:
         return config

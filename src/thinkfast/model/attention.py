@@ -1,4 +1,5 @@
-"""Grouped-query attention with rotary embedding and an optional cache (arXiv 2305.13245, 2104.09864)."""
+"""Grouped-query attention with rotary embedding and an optional cache (arXiv 2305.13245, 2104.09864); where the
+configuration says so, with a bias on queries, keys and values, or with normed queries and keys (arXiv 2302.05442)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from thinkfast.model.cache import AttentionCache
 from thinkfast.model.config import DecoderConfig
-from thinkfast.model.layers import apply_rope, rope_frequencies
+from thinkfast.model.layers import RMSNorm, apply_rope, rope_frequencies
 
 
 class Attention(nn.Module):
@@ -22,10 +23,12 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequency", frequency, persistent=False)
 
@@ -35,6 +38,8 @@ class Attention(nn.Module):
         q = self.q_proj(u).view(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         positions = torch.arange(length, device=u.device)
         if cache is not None:
             positions = cache.lengths[:, None] + positions

@@ -25,6 +25,7 @@ from thinkfast.model.tensors import (
     from_stock,
     inert_layer,
     layout_of,
+    output_biases,
     stock_name,
     stock_shapes,
     to_stock,
@@ -52,7 +53,8 @@ def read_config(path: str | Path) -> DecoderConfig:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
-    """A decoder in eval mode from a Llama, dense GraniteMoeHybrid, Bamba, Mamba-2 or Llamba directory.
+    """A decoder in eval mode from a stock directory: Llama, Mistral, Qwen2, Qwen3, dense GraniteMoeHybrid, Bamba,
+    Mamba-2 or Llamba.
 
     The weights are in one file or in shards. The inert attention layer of a pure student is dropped. Raises BadInput
     naming the file and the field, or every tensor that is missing, unexpected or of the wrong shape.
@@ -70,6 +72,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     model = _skeleton(config)
     state = {name: tensor for name, tensor in model.state_dict().items() if absent(name, raw, layout) is None}
     _check(path, stock, stock_shapes(state, config, layout))
+    for name in output_biases(config, layout):
+        if stock[name].any():
+            raise BadInput(f"{path}: {name} is not zero; a bias behind o_proj is not supported")
     writers = writers_of_only_attention(config)
     if writers and _all_zero(stock, writers):
         stock, config = without_last_layer(stock, config)
@@ -86,7 +91,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
 
 def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
-    """Writes a stock directory in the model's dtype: Llama where all layers are attention, else GraniteMoeHybrid.
+    """Writes a stock directory in the model's dtype: its family's if all layers are attention, else GraniteMoeHybrid.
 
     A pure student gets an inert attention layer, see `inert_layer`. Tokenizer files are copied from the directory
     `tokenizer_from`. Everything is written beside `path` and renamed; other files already in `path` stay.

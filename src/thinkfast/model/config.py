@@ -53,6 +53,8 @@ class DecoderConfig:
     """Everything that fixes a decoder's tensors and arithmetic. `layer_types` has one entry a layer.
 
     `rotary_dim`: channels of a head that rotary embedding turns, by default all; 0 for no positions at all.
+    `qkv_bias`: queries, keys and values have a bias (Qwen2); `qk_norm`: queries and keys are normed head by head before
+    rotary embedding (Qwen3). `family`: the stock layout in which a decoder without Mamba layers is written.
     """
 
     vocab_size: int
@@ -72,6 +74,9 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     rotary_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    family: str = "llama"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -89,4 +94,14 @@ class DecoderConfig:
         return len(self.layer_types)
 
     def with_layers(self, layer_types: tuple[str, ...], mamba: MambaConfig | None) -> DecoderConfig:
-        return replace(self, layer_types=layer_types, mamba=mamba)
+        """The same decoder with other mixers. One without attention has no bias or norm there; one with Mamba layers is
+        of no family."""
+        attends = ATTENTION in layer_types
+        return replace(
+            self,
+            layer_types=layer_types,
+            mamba=mamba,
+            qkv_bias=self.qkv_bias and attends,
+            qk_norm=self.qk_norm and attends,
+            family="llama" if MAMBA in layer_types else self.family,
+        )

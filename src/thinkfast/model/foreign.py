@@ -15,7 +15,7 @@ from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig
 from thinkfast.model.layout import (
     HYBRID,
-    LLAMA,
+    WRITTEN,
     Fields,
     check_no_limit,
     parse_config,
@@ -37,10 +37,10 @@ def parse(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
     """
     readers = {BAMBA: _bamba, MAMBA2: _mamba2, MAMBA_SSM: _mamba_ssm, LLAMBA: _llamba}
     layout = _layout(raw)
-    if layout in (LLAMA, HYBRID):
+    if layout in WRITTEN:
         return parse_config(raw, where)
     if layout not in readers:
-        known = ", ".join(repr(name) for name in (LLAMA, HYBRID, *readers))
+        known = ", ".join(repr(name) for name in (*WRITTEN, *readers))
         raise BadInput(f"{where}: model_type is {layout!r}, supported are {known}, without experts")
     try:
         return layout, readers[layout](Fields(raw, where))
@@ -239,7 +239,12 @@ def _without_multipliers(state: dict[str, Tensor], raw: dict[str, Any], config: 
     scores = raw.get("attention_multiplier", 1.0) * config.head_dim**0.5
     # A tied head would multiply by the embedding's factor as well.
     last = raw.get("logits_scaling", 1.0) * (embedding if config.tie_word_embeddings else 1.0)
-    factors = {"embed_tokens.weight": embedding, "q_proj.weight": scores, "down_proj.weight": residual}
+    factors = {
+        "embed_tokens.weight": embedding,
+        "q_proj.weight": scores,
+        "q_proj.bias": scores,
+        "down_proj.weight": residual,
+    }
     factors |= {"o_proj.weight": residual, "out_proj.weight": residual}
     for name, tensor in state.items():
         factor = 1.0 / last if name == "norm.weight" else factors.get(name.split("mixer.")[-1].split("mlp.")[-1], 1.0)

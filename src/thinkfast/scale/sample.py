@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -90,7 +90,7 @@ def problems_hash(problems: Sequence[Problem]) -> str:
 
 
 def _on_disk(run: records.Stage) -> Drawn:
-    """The rows in the stage's directory; the clock is the latest end, or what a session had spent when cut off."""
+    """The rows in the stage's directory; the clock is the latest end, or what was spent beyond it (`clock`)."""
     rows = records.read_samples(run.directory)
     latest = max((row.t_end for row in rows), default=0.0)
     return Drawn(len(rows), sum(row.token_count for row in rows), max(latest, float(run.notes.get("clock", 0.0))))
@@ -160,6 +160,10 @@ def _draw(
         run.note("failed", failed)
     if failed and not drawn.samples:
         raise records.Failed(f"{model_dir}: the logits of all {failed} samples were not finite")
+    if drawn.samples + failed < settings.n * len(problems):
+        # The deadline ended it, perhaps between the last end and a start: no row tells that all of it was spent.
+        drawn = replace(drawn, seconds=max(drawn.seconds, settings.seconds))
+        run.note("clock", drawn.seconds)
     run.note("drawn", {"samples": drawn.samples, "tokens": drawn.tokens, "seconds": drawn.seconds})
     return drawn
 

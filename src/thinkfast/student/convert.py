@@ -12,12 +12,14 @@ from functools import partial
 from itertools import repeat
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinkfast.errors import BadInput
 from thinkfast.model.attention import Attention
 from thinkfast.model.config import MAMBA
 from thinkfast.model.decoder import Block, Decoder
+from thinkfast.model.layers import RMSNorm
 from thinkfast.model.mamba2 import Mamba2
 from thinkfast.student.plan import LayerPlan
 
@@ -93,8 +95,10 @@ def initialise_mixer(
     """Starts `mixer` near `attention`, whose inputs are scaled by `norm_weight` (D,); `trace` as in `attention_traces`.
 
     * x, B, C take the rows of V, K, Q, those of a key/value head repeated for every query head that reads it; C is
-      scaled by head_dim ** -0.5 as attention scores are.
-    * The convolution only scales: last tap 0.1, bias 0. The SiLU behind it is then nearly linear.
+      scaled by head_dim ** -0.5 as attention scores are. QK norm becomes the factor for each channel that is nearest to
+      it, see `norm_factors`.
+    * The convolution only scales: last tap 0.1; its bias is 0, or what the biases of Q, K and V come to behind it, so
+      that those are carried over exactly. The SiLU behind it is then nearly linear.
     * dt is 0.5 everywhere and D is 0; the half-lives of the heads are spaced geometrically from 8 to 512 tokens.
     * z is the ridge least squares answer to silu(z) = 1 on the traced inputs, a gate that is open without a bias.
     * The gated norm's weight is, channel by channel, the least squares factor from the new mixer's normed output to the
@@ -105,18 +109,29 @@ def initialise_mixer(
     heads = mixer.A_log.numel()
 
     def per_query_head(weight: Tensor) -> Tensor:
-        by_head = weight.view(attention.num_kv_heads, shape.head_dim, -1)
+        by_head = weight.view(attention.num_kv_heads, shape.head_dim, *weight.shape[1:])
         return by_head.repeat_interleave(queries_per_key, dim=0).flatten(0, 1)
+
+    def factors(projection: nn.Linear, norm: RMSNorm | None) -> Tensor:
+        if norm is None:
+            return torch.ones_like(projection.weight[:, 0])
+        return norm_factors(projection.weight, norm, norm_weight, None if trace is None else trace[0])
 
     z, x, B, C, dt = torch.split(mixer.in_proj.weight, [shape.d_inner] * 4 + [heads])
     x.copy_(per_query_head(attention.v_proj.weight))
-    B.copy_(per_query_head(attention.k_proj.weight))
-    C.copy_(attention.q_proj.weight * shape.head_dim**-0.5)
+    by_key = factors(attention.k_proj, attention.k_norm)
+    by_query = factors(attention.q_proj, attention.q_norm) * shape.head_dim**-0.5
+    B.copy_(per_query_head(attention.k_proj.weight * by_key[:, None]))
+    C.copy_(attention.q_proj.weight * by_query[:, None])
     dt.zero_()
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = CONV_GAIN
     if mixer.conv1d.bias is not None:
         mixer.conv1d.bias.zero_()
+        q, k, v = attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias
+        if q is not None and k is not None and v is not None:
+            biases = (per_query_head(v), per_query_head(k * by_key), q * by_query)
+            mixer.conv1d.bias.copy_(CONV_GAIN * torch.cat(biases))
     mixer.D.zero_()
     mixer.dt_bias.fill_(math.log(math.expm1(DT)))
     shortest, longest = HALF_LIVES
@@ -125,7 +140,10 @@ def initialise_mixer(
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
     if trace is None:
         z.normal_(std=SMALL)
-        rms = (x * norm_weight).pow(2).sum(1).view(heads, shape.head_dim).mean(1).sqrt()
+        power = (x * norm_weight).pow(2).sum(1)
+        if attention.v_proj.bias is not None:
+            power += per_query_head(attention.v_proj.bias).pow(2)
+        rms = power.view(heads, shape.head_dim).mean(1).sqrt()
         mixer.norm.weight.copy_(rms.repeat_interleave(shape.head_dim))
     else:
         u, wanted = trace
@@ -136,6 +154,25 @@ def initialise_mixer(
             mixer(u)
         made = seen[0].float()
         mixer.norm.weight.copy_((made * wanted).sum((0, 1)) / made.pow(2).sum((0, 1)))
+
+
+def norm_factors(rows: Tensor, norm: RMSNorm, norm_weight: Tensor, u: Tensor | None) -> Tensor:
+    """Factors (H * P,) for the rows (H * P, D) of a projection that come nearest to the norm behind it.
+
+    A norm divides each head by its root mean square, which changes from token to token; a Mamba-2 mixer has no such
+    division. The factor is the least squares answer over inputs u (..., D), one a head, times the norm's weight.
+    Without inputs it comes from the expected square of a head: inputs of unit variance scaled by `norm_weight` (D,).
+    """
+    size, rows = norm.weight.numel(), rows.float()
+    if u is None:
+        square = (rows * norm_weight).pow(2).sum(1).view(-1, size).mean(1)
+        scale = torch.rsqrt(square + norm.eps)
+    else:
+        projected = F.linear(u.flatten(0, -2).float(), rows)
+        heads = projected.view(len(projected), -1, size)
+        square = heads.pow(2).mean(-1) + norm.eps
+        scale = (heads.pow(2).sum(-1) * square.rsqrt()).sum(0) / heads.pow(2).sum((0, 2))
+    return (scale[:, None] * norm.weight).flatten()
 
 
 def open_gate(u: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class LayerPlan:
                 raise BadInput(f"attention layers: {index} is named twice")
         if self.init not in INITS:
             raise BadInput(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
+        if teacher.qk_norm and 0 < len(self.attention) < layers:
+            raise BadInput(
+                f"attention layers: {self.attention[0]} would stay, but the teacher norms queries and keys (QK norm), "
+                "which no layout of a hybrid student can express: convert every layer, or take another teacher"
+            )
         if MAMBA in teacher.layer_types:
             raise BadInput(
                 "the teacher has mamba layers; only a teacher with attention in every layer can be converted"
@@ -123,15 +128,20 @@ _MIXER_PARTS = (
 )
 
 
-def _mixer_origins(init: str, calibrated: bool) -> dict[str, tuple[str, str]]:
+def _mixer_origins(init: str, calibrated: bool, teacher: DecoderConfig) -> dict[str, tuple[str, str]]:
     """How and from what each part of a new mixer is made."""
     parts = dict.fromkeys(_MIXER_PARTS, (NEW, ""))
     if init == "random":
         return parts
-    return parts | {
+    if teacher.qkv_bias:
+        parts |= {"conv1d.bias": (INITIALISED, "biases of q_proj, k_proj, v_proj")}
+    if teacher.qk_norm:
+        parts |= {"in_proj.weight[B]": (INITIALISED, "k_proj, k_norm")}
+    return {
+        "in_proj.weight[B]": (COPIED, "k_proj"),
+        **parts,
         "in_proj.weight[z]": (INITIALISED, "layer inputs, least squares") if calibrated else (NEW, ""),
         "in_proj.weight[x]": (COPIED, "v_proj"),
-        "in_proj.weight[B]": (COPIED, "k_proj"),
         "in_proj.weight[C]": (INITIALISED, "q_proj"),
         "norm.weight": (INITIALISED, "attention output, least squares" if calibrated else "v_proj"),
         "out_proj.weight": (COPIED, "o_proj"),
@@ -146,6 +156,8 @@ def _sizes(config: DecoderConfig) -> dict[str, int]:
     sizes |= {name: hidden for name in _SHARED if not name.startswith("mlp.")}
     sizes |= {"q_proj.weight": hidden * width, "o_proj.weight": hidden * width}
     sizes |= {"k_proj.weight": hidden * kv_width, "v_proj.weight": hidden * kv_width}
+    sizes |= {"q_proj.bias": width, "k_proj.bias": kv_width, "v_proj.bias": kv_width}
+    sizes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), config.head_dim)
     mamba = config.mamba
     if mamba is not None:
         rows = {"z": mamba.d_inner, "x": mamba.d_inner, "dt": mamba.n_heads}
@@ -169,8 +181,12 @@ def plan_document(plan: LayerPlan, teacher: DecoderConfig, calibrated: bool) -> 
         parts: dict[str, tuple[str, str]]
         if kind == ATTENTION:
             parts = {f"{name}.weight": (COPIED, name) for name in _KEPT}
+            if config.qkv_bias:
+                parts |= {f"{name}.bias": (COPIED, name) for name in _KEPT[:3]}
+            if config.qk_norm:
+                parts |= {f"{name}.weight": (COPIED, name) for name in ("q_norm", "k_norm")}
         else:
-            parts = _mixer_origins(plan.init, calibrated)
+            parts = _mixer_origins(plan.init, calibrated, teacher)
         origins = {name: (f"mixer.{name}", how, source) for name, (how, source) in parts.items()}
         origins |= {name: (name, COPIED, name.removesuffix(".weight")) for name in _SHARED}
         for name, (_, how, _) in origins.items():
