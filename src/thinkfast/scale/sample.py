@@ -214,7 +214,7 @@ def _slots(
 def _trial(engine: Engine, prompts: list[list[int]], params: SamplingParams, deadline: float) -> float:
     """Tokens per second over `deadline` seconds of sampling, completions that were cut off included."""
     started = time.monotonic()
-    tokens = sum(len(sample.token_ids) for _, _, sample in engine.stream(prompts, 64, params, deadline=deadline))
+    tokens = sum(len(sample.token_ids) for _, _, sample in engine.stream(prompts, 64, params, deadline))
     return tokens / max(time.monotonic() - started, 1e-9)
 
 
