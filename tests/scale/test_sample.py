@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 from thinkfast import records
 from thinkfast.data.chat import named_prompt, render_prompt
@@ -17,7 +19,9 @@ from thinkfast.data.tokenizer import load_tokenizer
 from thinkfast.data.wordproblems import generate
 from thinkfast.engine import Engine, Sample, SamplingParams
 from thinkfast.errors import BadInput
-from thinkfast.model.checkpoint import load_model
+from thinkfast.model import checkpoint
+from thinkfast.model.checkpoint import load_model, save_model
+from thinkfast.model.decoder import Decoder
 from thinkfast.recipe import SampleSettings
 from thinkfast.scale.sample import sample_model
 
@@ -86,6 +90,51 @@ def test_an_interrupt_keeps_what_was_finished_and_the_clock_goes_on(
     sample_model(tiny_teacher, problems, SETTINGS, whole)
     texts = {(row.problem_id, row.sample_index): row.text for row in rows}
     assert texts == {(row.problem_id, row.sample_index): row.text for row in records.read_samples(whole)}
+
+
+def test_samples_without_finite_logits_are_not_stored(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path
+) -> None:
+    """A word of one problem breaks the model; the others are drawn as if nothing were the matter."""
+    sound = load_model(tiny_teacher)
+    broken = Decoder(replace(sound.config, tie_word_embeddings=False))
+    broken.load_state_dict({**sound.state_dict(), "lm_head.weight": sound.embed_tokens.weight})
+    tokenizer = load_tokenizer(tiny_teacher)
+    words = [set(tokenizer.encode(problem.problem)) for problem in problems]
+    only = next(iter(words[2] - set().union(*words[:2], *words[3:])))
+    with torch.no_grad():
+        broken.embed_tokens.weight[only] = float("nan")
+    save_model(broken, tmp_path / "broken", tokenizer_from=tiny_teacher)
+    brief = SETTINGS.model_copy(update={"temperature": 0.0})
+    told: list[str] = []
+    sample_model(tmp_path / "broken", problems, brief, tmp_path / "a", update=lambda _, text: told.append(text))
+    rows = {(row.problem_id, row.sample_index): row.text for row in records.read_samples(tmp_path / "a")}
+    sample_model(tiny_teacher, problems, brief, tmp_path / "b")
+    want = {(row.problem_id, row.sample_index): row.text for row in records.read_samples(tmp_path / "b")}
+    assert rows == {pair: text for pair, text in want.items() if pair[0] != problems[2].id}
+    assert records.read_json(tmp_path / "a" / "run.json")["notes"]["failed"] == 3
+    assert told[-1].endswith("3 failed: logits not finite")
+    with pytest.raises(records.Failed, match="broken: the logits of all 3 samples were not finite"):
+        sample_model(tmp_path / "broken", [problems[2]], brief, tmp_path / "c")
+
+
+def test_a_model_that_changes_meanwhile_is_refused(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_teacher, model)
+    load = checkpoint.load_model
+
+    def swapped(path: Path) -> Decoder:
+        loaded = load(path)
+        with torch.no_grad():
+            loaded.norm.weight.mul_(2)
+        save_model(loaded, path, tokenizer_from=tiny_teacher)
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load_model", swapped)
+    with pytest.raises(BadInput, match="model: changed while it was being read"):
+        sample_model(model, problems, SETTINGS, tmp_path / "out")
 
 
 PROGRAM = """

@@ -10,9 +10,10 @@ import numpy as np
 
 from thinkfast.engine.backends import Backend, Memory, open_backend
 from thinkfast.engine.prefill import Desk
-from thinkfast.engine.room import Plan, kept_bytes, machine_bytes, plan
+from thinkfast.engine.room import HISTORY_BYTES, Plan, kept_bytes, machine_bytes, plan
 from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams
 from thinkfast.engine.slots import Rounds, SlotTable
+from thinkfast.engine.speculative import SpeculativeBackend
 from thinkfast.errors import BadInput
 from thinkfast.model.decoder import Decoder
 
@@ -26,6 +27,8 @@ class Engine:
     be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's dtype in torch.
     memory: bytes for states, keys and values, weights not counted; of the slots as many are used as fit, and prompts
     whose states do not fit are fed again. Without it, slots that exceed the machine's memory are refused.
+    draft: a smaller model of the same vocabulary that guesses tokens ahead, for few slots (`speculative.py`); samples
+    keep their distribution, a greedy one its tokens.
     The native backend copies the weights: make a new engine after training on.
     Raises BadInput for slots < 1, memory < 1 or an unknown name.
     """
@@ -37,6 +40,7 @@ class Engine:
         backend: str = "auto",
         kv_dtype: str = "auto",
         memory: int | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         if slots < 1:
             raise BadInput(f"slots is {slots}, expected 1 or more")
@@ -45,12 +49,16 @@ class Engine:
         self.config = model.config
         self.slots = slots
         self._budget, self._device = memory, model.embed_tokens.weight.device
-        self._backend: Backend = open_backend(model, backend, kv_dtype)
+        opened: Backend = open_backend(model, "torch" if draft and backend == "auto" else backend, kv_dtype)
+        if draft is not None and opened.name == "native":
+            raise BadInput("backend is 'native', expected 'auto' or 'torch' with a draft")
+        self._backend = opened if draft is None else SpeculativeBackend(model, draft, kv_dtype)
+        self._configs = [model.config] if draft is None else [model.config, draft.config]
         self._memory: Memory | None = None
 
     @property
     def backend(self) -> str:
-        """The name of what computes: "native" or "torch"."""
+        """The name of what computes: "native", "torch" or "speculative"."""
         return self._backend.name
 
     def sample(
@@ -101,11 +109,16 @@ class Engine:
         """
         room = machine_bytes(self._device) if self._budget is None else self._budget
         how = {"fewer": self._budget is not None, "lazy": lazy and self._device.type == "cpu"}
-        return plan(self.config, self._backend.kv_dtype, self.slots, capacity, prompt, room, **how)
+        return plan(self.slots, capacity, self.slot_bytes(capacity), self.kept_bytes(prompt), room, **how)
 
     def kept_bytes(self, tokens: int) -> int:
         """Bytes of the state behind so many tokens."""
-        return kept_bytes(self.config, tokens, self._backend.kv_dtype)
+        return sum(kept_bytes(config, tokens, self._backend.kv_dtype) for config in self._configs)
+
+    def slot_bytes(self, capacity: int) -> int:
+        """Bytes of one slot for sequences of at most `capacity` tokens, with what it has drawn."""
+        twice = self.kept_bytes(0) if len(self._configs) > 1 else 0  # speculating keeps states twice
+        return self.kept_bytes(capacity) + twice + HISTORY_BYTES * capacity
 
     def open_memory(self, slots: int, capacity: int) -> Memory:
         """Memory of its own for `slots` sequences of at most `capacity` tokens. Raises MemoryError."""
@@ -158,13 +171,13 @@ class Engine:
                 now = clock()
                 if now >= until:
                     for slot in rows.tolist():
-                        yield _result(table, slot, DEADLINE, now)
+                        yield *table.pair[slot], table.sample(slot, DEADLINE, now)
                     return
                 if len(rows):
                     finished = table.advance(rows, *memory.step(table, rows))
                     now = clock()
                     for done in finished:
-                        yield _result(table, done.slot, done.reason, now)
+                        yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
                 elif desk.done:
                     return
         finally:
@@ -177,9 +190,3 @@ class Engine:
             return memory
         del memory  # before the new one is made
         return self._backend.memory(slots, capacity)
-
-
-def _result(table: SlotTable, slot: int, reason: str, now: float) -> Result:
-    prompt, index = table.pair[slot]
-    started, logprob = float(table.started[slot]), float(table.logprob[slot])
-    return prompt, index, Sample(table.tokens(slot), reason, started, now, logprob)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from thinkfast.engine.sampling import ERROR, LENGTH, STOP, SamplingParams
+from thinkfast.engine.sampling import ERROR, LENGTH, STOP, Sample, SamplingParams
 
 
 class Rounds:
@@ -143,9 +143,14 @@ class SlotTable:
             self.active[done.slot] = False
         return finished
 
-    def tokens(self, slot: int) -> tuple[int, ...]:
-        """The tokens a slot has drawn."""
-        return tuple(self.history[slot, : self.count[slot]].tolist())
+    def sample(self, slot: int, reason: str, now: float, origin: float = 0.0) -> Sample:
+        """What a slot has drawn until `now`, with its times counted from `origin`."""
+        count, logprobs = self.count[slot], ()
+        if self.params[slot].logprobs:
+            logprobs = tuple(self.history_logprob[slot, :count].tolist())
+        times = float(self.started[slot]) - origin, now - origin
+        tokens = tuple(self.history[slot, :count].tolist())
+        return Sample(tokens, reason, *times, float(self.logprob[slot]), logprobs)
 
     def _stopped(self, slot: int) -> bool:
         held, stops = self.history[slot, : self.count[slot]], self.params[slot].stop

@@ -60,8 +60,10 @@ def sample_model(
 
     The clock starts with the first prefill; loading, the choice of slots and grading are outside it. When interrupted,
     everything finished so far is kept and the next call goes on. `update` gets the share that is done, 0 to 1.
+    A sample whose logits were not finite is not stored, and drawn again by a call that goes on; run.json counts them.
     prompt: how problems are put; kept in run.json. workers: processes of a Ray cluster; 0 draws in this process.
-    Raises BadInput for an unusable model, and when `out_dir` holds samples of other settings.
+    Raises BadInput for an unusable model, one that changes meanwhile, and when `out_dir` holds samples of other
+    settings; Failed when no sample at all had finite logits.
     """
     from thinkfast.model.checkpoint import read_config
 
@@ -104,7 +106,7 @@ def _draw(
     prompt: Prompt,
     workers: int,
 ) -> Drawn:
-    from thinkfast.engine.sampling import SamplingParams
+    from thinkfast.engine.sampling import ERROR, SamplingParams
 
     tokenizer = load_tokenizer(model_dir)
     prompts = [render_prompt(tokenizer, problem.problem, prompt) for problem in problems]
@@ -137,23 +139,39 @@ def _draw(
     here = _in_process(model_dir, prompts, params, settings, run)
     there = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers)
     with there if workers else here as stream, _Writer(run, row, before.seconds) as writer:
+        _check_unchanged(model_dir, run)  # all have read it by now
         finished = stream(skip, before.seconds, settings.seconds)
+        failed = 0
         for count, (problem, index, sample) in enumerate(finished, before.samples + 1):
+            if sample.finish_reason == ERROR:
+                failed += 1
+                continue
             writer.add(problem, index, sample)
             tokens += len(sample.token_ids)
             share = max(sample.t_end / settings.seconds, count / (settings.n * len(problems)))
-            update(min(share, 1.0), f"{count} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s")
+            words = f"{count - failed} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s"
+            update(min(share, 1.0), words + (f", {failed} failed: logits not finite" if failed else ""))
     if workers:
         run.note("slots", {"chosen": settings.slots[0]})
         run.note("engine", {"workers": workers, "threads": 1})
     del run.notes["clock"]
     drawn = _on_disk(run)
-    if drawn.samples < settings.n * len(problems):
+    if failed:
+        run.note("failed", failed)
+    if failed and not drawn.samples:
+        raise records.Failed(f"{model_dir}: the logits of all {failed} samples were not finite")
+    if drawn.samples + failed < settings.n * len(problems):
         # The deadline ended it, perhaps between the last end and a start: no row tells that all of it was spent.
         drawn = replace(drawn, seconds=max(drawn.seconds, settings.seconds))
         run.note("clock", drawn.seconds)
     run.note("drawn", {"samples": drawn.samples, "tokens": drawn.tokens, "seconds": drawn.seconds})
     return drawn
+
+
+def _check_unchanged(model_dir: Path, run: records.Stage) -> None:
+    """Raises BadInput where the model is not what was hashed when the stage began."""
+    if records.hash_path(model_dir, records.MODEL_FILES) != run.record["inputs"]["model"]:
+        raise BadInput(f"{model_dir}: changed while it was being read, expected a model that stays as it is")
 
 
 @contextmanager
@@ -196,7 +214,7 @@ def _slots(
 def _trial(engine: Engine, prompts: list[list[int]], params: SamplingParams, deadline: float) -> float:
     """Tokens per second over `deadline` seconds of sampling, completions that were cut off included."""
     started = time.monotonic()
-    tokens = sum(len(sample.token_ids) for _, _, sample in engine.stream(prompts, 64, params, deadline=deadline))
+    tokens = sum(len(sample.token_ids) for _, _, sample in engine.stream(prompts, 64, params, deadline))
     return tokens / max(time.monotonic() - started, 1e-9)
 
 
