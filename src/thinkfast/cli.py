@@ -22,6 +22,7 @@ from thinkfast.options import (
     Out,
     Overrides,
     ProblemsFile,
+    Reward,
     Rewards,
     Seed,
     Source,
@@ -270,7 +271,10 @@ def solve(
     ] = None,
     budget: Annotated[str, typer.Option(help="Time for each problem, e.g. 5s or 500ms.")] = "5s",
     problems: Annotated[Path | None, typer.Option(help="JSONL rows with problem, or a .txt of lines.")] = None,
-    strategy: Annotated[str, typer.Option(help="majority, adaptive, best_of_n or weighted.")] = "majority",
+    strategy: Annotated[
+        str | None, typer.Option(help="majority, adaptive, best_of_n, or weighted (the default with --reward).")
+    ] = None,
+    reward: Reward = None,
     n: Annotated[int, typer.Option(min=1, help="Chains of thought a problem, at most.")] = 256,
     temperature: float = 0.8,
     slots: Annotated[int, typer.Option(help="Chains decoded at once.")] = 64,
@@ -281,7 +285,7 @@ def solve(
     from thinkfast import stages
     from thinkfast.serve import terminal
 
-    settings = terminal.settings(budget, strategy, n, temperature, slots, seed)
+    settings = terminal.settings(budget, strategy, n, temperature, slots, seed, reward)
     texts = terminal.read_texts(problem, problems)
     found = terminal.solve_texts(stages.teacher_directory(str(model)), texts, settings)
     finish(found[0] if problem not in (None, "-") else found, json_)
@@ -299,6 +303,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 4096,
     max_n: Annotated[int, typer.Option(min=1, help="Choices of a request.")] = 64,
     max_budget: Annotated[str, typer.Option(help="Longest time of a request.")] = "60s",
+    reward: Reward = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
     """Serve models in OpenAI's protocol, with time budgets, and a page at /."""
@@ -307,7 +312,7 @@ def serve(
 
     limits = launch.limits(max_prompt, max_tokens, max_n, max_budget, queue)
     directories = [stages.teacher_directory(str(model)) for model in models]
-    launch.serve_models(directories, host, port, slots, limits, keys, log_prompts)
+    launch.serve_models(directories, host, port, slots, limits, keys, reward, log_prompts)
 
 
 @app.command()

@@ -13,6 +13,11 @@ def test_the_chance_is_the_beta_tail():
     for first, second in ((0, 0), (3, 0), (5, 2), (9, 8)):
         drawn = dice.beta(first + 1, second + 1, 200_000)
         assert overturn_chance(first, second) == pytest.approx((drawn < 0.5).mean(), abs=0.005)
+    # P(p < 1/2), p ~ Beta(5, 2), by integrating its density 30 p^4 (1 - p).
+    assert overturn_chance(4, 1) == pytest.approx(30 * (0.5**5 / 5 - 0.5**6 / 6))
+    for first in range(30):
+        for second in range(30):
+            assert overturn_chance(first, second) + overturn_chance(second, first) == pytest.approx(1.0)
     assert overturn_chance(4000, 3000) < 1e-20
     assert not math.isnan(overturn_chance(4000, 3999))
 

@@ -8,17 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import uvicorn
 
 from thinkfast.data.tokenizer import load_tokenizer, save_word_tokenizer
-from thinkfast.model.checkpoint import save_model
+from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
+from thinkfast.scale.verifier import Verifier, VerifierSettings, save_verifier, step_ends
 from thinkfast.serve.app import Limits, create_app
 from thinkfast.serve.draw import Served, open_model
+from thinkfast.serve.judge import Judge
 from thinkfast.serve.keys import Keys
 
 NEVER = -40.0
@@ -83,6 +86,17 @@ def rambler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def contrary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verifier that is sure of the rarer answer, 8."""
+    root = tmp_path_factory.mktemp("contrary")
+    model = write_talker(root, stay=1 - 1e-9, right=0.001)
+    decoder, tokenizer = load_model(model), load_tokenizer(model)
+    verifier = Verifier(decoder, step_ends(tokenizer, decoder.config.vocab_size))
+    save_verifier(verifier, root / "verifier", model, VerifierSettings())
+    return root / "verifier"
+
+
+@pytest.fixture(scope="session")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not one of its chains ends within any budget."""
     return write_talker(tmp_path_factory.mktemp("endless"), stay=1 - 1e-15, room=ENDLESS)
@@ -105,9 +119,15 @@ def models(talker: Path, rambler: Path) -> Iterator[list[Served]]:
 
 
 @contextlib.contextmanager
-def served(models: list[Served], limits: Limits | None = None, keys: Keys | None = None, **more: bool) -> Iterator[str]:
+def served(
+    models: list[Served],
+    limits: Limits | None = None,
+    keys: Keys | None = None,
+    judge: Judge | None = None,
+    log_prompts: bool = False,
+) -> Iterator[str]:
     """The address of a server in a thread of its own."""
-    app = create_app(models, limits, keys, **more)
+    app = create_app(models, limits, keys, judge, log_prompts)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -134,7 +154,7 @@ def serve(models: list[Served], unending: Served) -> Iterator[Serve]:
     """Servers of one's own."""
     with contextlib.ExitStack() as stack:
 
-        def start(limits: Limits | None = None, keys: Keys | None = None, *more: Served, **options: bool) -> str:
+        def start(limits: Limits | None = None, keys: Keys | None = None, *more: Served, **options: Any) -> str:
             return stack.enter_context(served([*models, unending, *more], limits, keys, **options))
 
         yield start

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from thinkfast.errors import BadInput
 from thinkfast.scale.grade import Grader
-from thinkfast.serve.ballot import Ballot, Chain, find_equal, parse_chain, sure
+from thinkfast.serve.ballot import Ballot, Chain, find_equal, parse_chain
 
 
 def chain(index: int, answer: str | None, score: float = 0.5) -> Chain:
@@ -103,16 +103,16 @@ def test_nothing_is_no_answer() -> None:
     assert made.outcome(1.0, "deadline").samples == 0
 
 
-@settings(deadline=None)
-@given(st.integers(0, 30), st.integers(0, 30))
-def test_certainty_is_a_probability_and_symmetric(first: int, second: int) -> None:
-    assert 0 < sure(first, second) < 1
-    assert sure(first, second) + sure(second, first) == pytest.approx(1.0)
-
-
-def test_certainty_is_the_tail_of_a_beta() -> None:
-    # P(p > 1/2), p ~ Beta(5, 2), by integrating its density 30 p^4 (1 - p).
-    assert sure(4, 1) == pytest.approx(1 - (30 * (0.5**5 / 5 - 0.5**6 / 6)))
+def test_log_probabilities_vote_as_probabilities() -> None:
+    rows = [("1", -700.0), ("1", -701.0), ("2", -700.0), ("2", -699.5), (None, 0.0), ("3", -9e9)]
+    for strategy, answer in (("majority", "1"), ("weighted", "2"), ("best_of_n", "2")):
+        made = Ballot(strategy, 10, soft=True)
+        for index, (said, score) in enumerate(rows):
+            made.add(chain(index, said, score))
+        found = made.outcome(0, "")
+        assert found.answer == answer
+    weights = {"1": math.exp(-0.5) + math.exp(-1.5), "2": 1 + math.exp(-0.5), "3": 0.0}
+    assert {row["answer"]: row["score"] for row in found.votes} == pytest.approx(weights, abs=1e-6)
 
 
 def test_an_unknown_strategy_is_refused() -> None:

@@ -123,7 +123,7 @@ def test_completions(client: openai.OpenAI) -> None:
 
 
 def test_the_best_answer_by_a_deadline(client: openai.OpenAI) -> None:
-    extra = {"time_budget": 20, "strategy": "majority", "return_samples": True}
+    extra = {"time_budget": 20, "strategy": "majority", "return_samples": True, "min_samples": 60}
     found = client.chat.completions.create(model="talker", messages=ASK, n=60, seed=2, extra_body=extra)
     told = (found.model_extra or {})["thinkfast"]
     assert told["answer"] == "7"
@@ -139,6 +139,19 @@ def test_the_best_answer_by_a_deadline(client: openai.OpenAI) -> None:
     assert (found.choices[0].message.content or "").endswith("#### 7")
     assert found.usage is not None
     assert found.usage.completion_tokens == sum(chain["tokens"] for chain in chains)
+
+
+def test_usage_counts_what_was_drawn_in_vain(client: openai.OpenAI) -> None:
+    extra = {"time_budget": 20, "strategy": "adaptive", "return_samples": True}
+    found = client.chat.completions.create(model="talker", messages=ASK, seed=2, extra_body=extra)
+    told = (found.model_extra or {})["thinkfast"]
+    assert told["stopped"] == "decided"
+    assert found.usage is not None
+    assert found.usage.completion_tokens > sum(chain["tokens"] for chain in told["chains"]), "chains that were running"
+    stopped = client.chat.completions.create(model="rambler", messages=ASK, max_tokens=600, stop="Notes")
+    assert stopped.choices[0].message.content == ""
+    assert stopped.usage is not None
+    assert stopped.usage.completion_tokens >= 1
 
 
 def test_a_sure_vote_ends_early(client: openai.OpenAI) -> None:

@@ -82,7 +82,7 @@ class Ticket:
     def __init__(self, engine: LiveEngine, request: Request, listener: Listener) -> None:
         self.request, self.listener = request, listener
         self.tokens = 0
-        """Tokens drawn so far, samples that started anew counted again."""
+        """Tokens drawn so far, without those of samples that start anew."""
         self._engine = engine
         self.deadline = request.deadline
         self.submitted = time.monotonic()
@@ -325,6 +325,7 @@ class LiveEngine:
         index, slot = max(ticket.running.items(), key=lambda item: float(self._table.started[item[1]]))
         self.dropped += int(self._table.count[slot])
         ticket.again.append(index)
+        ticket.tokens -= int(self._table.count[slot])
         self._free(slot)
         return slot
 
