@@ -64,11 +64,13 @@ class Engine:
         deadline: float | None = None,
         skip: Collection[tuple[int, int]] = frozenset(),
         clock_start: float = 0.0,
+        dropped: Collection[int] = frozenset(),
     ) -> Iterator[Result]:
         """Yields (prompt index, sample index, Sample) as samples finish.
 
-        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out. A sample's tokens
-        depend on the seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
+        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out, and of prompts
+        that the caller puts into `dropped` meanwhile no further sample is admitted. A sample's tokens depend on the
+        seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
         shows `deadline`, running samples end with finish_reason "deadline" and no more are started. It runs on while
         the caller handles a result.
         Raises BadInput for an empty prompt, a token id outside the vocabulary, a prompt that leaves no room for
@@ -76,7 +78,7 @@ class Engine:
         """
         held = [tuple(int(token) for token in prompt) for prompt in prompts]
         self.check(held, n, params)
-        return self._run(held, Rounds(len(held), n, skip), params, deadline, clock_start)
+        return self._run(held, Rounds(len(held), n, skip, dropped), params, deadline, clock_start)
 
     def open_memory(self, capacity: int) -> Memory:
         """Memory of its own for `slots` sequences of at most `capacity` tokens. Raises MemoryError."""
