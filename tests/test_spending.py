@@ -61,7 +61,7 @@ def test_grading_and_reward_seconds_go_into_the_clock_when_asked(
     """Every score took as long as drawing the sample: half as many are there at any time."""
     for place, source in enumerate(pair):
         rows = [
-            records.RewardRow(json.loads(line)["id"], index, 0.0, "[]", 0.02 / (place + 1))
+            records.RewardRow(json.loads(line)["id"], index, 0.0, "[]", 0.0199 / (place + 1))
             for line in Path(source).read_text().splitlines()
             for index in range(8)
         ]
