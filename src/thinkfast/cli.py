@@ -151,6 +151,9 @@ def sample(
     shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    stop_error: Annotated[
+        float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
+    ] = None,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
     seed: Seed = 0,
     json_: Json = False,
@@ -160,7 +163,7 @@ def sample(
     from thinkfast.recipe import SampleSettings, section
 
     values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "seed": seed}
+    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
     finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
@@ -193,6 +196,7 @@ def compare(
     points: Annotated[int, typer.Option(help="Points between them.")] = 40,
     rewards: Rewards = None,
     price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
+    count: Annotated[list[str] | None, typer.Option(help="grading, rewards: their seconds are in the clock.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -202,7 +206,7 @@ def compare(
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price)
+    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price, count or [])
     print("\n".join(spending.in_words(document)))
     finish(document, json_)
 

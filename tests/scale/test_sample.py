@@ -23,6 +23,7 @@ from thinkfast.model import checkpoint
 from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.model.decoder import Decoder
 from thinkfast.recipe import SampleSettings
+from thinkfast.scale.adaptive import LiveVotes
 from thinkfast.scale.sample import sample_model
 
 SETTINGS = SampleSettings(n=3, seconds=60.0, temperature=0.9, max_tokens=20, slots=(4,), seed=11)
@@ -142,6 +143,7 @@ import os, signal, sys, torch
 from pathlib import Path
 from thinkfast.data.problems import load_problems
 from thinkfast.recipe import SampleSettings
+from thinkfast.scale.adaptive import LiveVotes
 from thinkfast.scale import sample
 
 def deadly(share, text):
@@ -198,6 +200,51 @@ def test_a_deadline_between_two_samples_is_spent_all_the_same(
     assert records.read_json(tmp_path / "run.json")["notes"]["drawn"]["seconds"] == 50.0
 
 
+def test_a_decided_problem_stops_and_its_turns_go_to_the_others(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real engine draws; what its random texts would vote for is made up, by the question."""
+    sides = iter(range(10**6))
+
+    def said(self: LiveVotes, problem: int, text: str) -> None:
+        real(self, problem, "#### 7" if problem in (0, 3) else f"#### {next(sides)}")
+
+    real = LiveVotes.count
+    monkeypatch.setattr(LiveVotes, "count", said)
+    settings = SETTINGS.model_copy(update={"n": 12, "stop_error": 0.1})
+    drawn = sample_model(tiny_teacher, problems, settings, tmp_path / "a")
+    rows = records.read_samples(tmp_path / "a")
+    counts = {problem.id: sum(row.problem_id == problem.id for row in rows) for problem in problems}
+    # Five equal votes decide; what is in the slots by then is finished and counts.
+    assert {counts[problems[place].id] for place in (1, 2, 4)} == {12}
+    assert all(5 <= counts[problems[place].id] <= 9 for place in (0, 3))
+    assert drawn.seconds == max(row.t_end for row in rows)  # it ended by itself, not by the clock
+    assert records.read_json(tmp_path / "a" / "run.json")["notes"]["stopped"] == 2
+    # A sample is the same function of seed, prompt and index as without stopping.
+    sample_model(tiny_teacher, problems, SETTINGS.model_copy(update={"n": 12}), tmp_path / "b")
+    texts = {(row.problem_id, row.sample_index): row.text for row in records.read_samples(tmp_path / "b")}
+    assert all(texts[row.problem_id, row.sample_index] == row.text for row in rows)
+    with pytest.raises(BadInput, match="was made with stop_error"):
+        sample_model(tiny_teacher, problems, SETTINGS.model_copy(update={"n": 12}), tmp_path / "a")
+
+
+def test_an_interrupted_adaptive_run_remembers_its_votes(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LiveVotes.count
+    monkeypatch.setattr(LiveVotes, "count", lambda self, problem, text: real(self, problem, "#### 7"))
+
+    def interrupt(share: float, text: str) -> None:
+        if text.startswith("26 "):
+            raise KeyboardInterrupt
+
+    settings = SETTINGS.model_copy(update={"n": 50, "stop_error": 0.1})
+    with pytest.raises(KeyboardInterrupt):
+        sample_model(tiny_teacher, problems, settings, tmp_path, update=interrupt)
+    sample_model(tiny_teacher, problems, settings, tmp_path)
+    assert len(records.read_samples(tmp_path)) < 5 * 10
+
+
 def test_the_clock_ends_it(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"n": 100_000, "seconds": 1.0})
     drawn = sample_model(tiny_teacher, problems, settings, tmp_path)
@@ -249,6 +296,7 @@ import sys, torch
 from pathlib import Path
 from thinkfast.data.problems import load_problems
 from thinkfast.recipe import SampleSettings
+from thinkfast.scale.adaptive import LiveVotes
 from thinkfast.scale import sample
 
 torch.set_num_threads(1)

@@ -85,11 +85,13 @@ class Engine:
         deadline: float | None = None,
         skip: Collection[tuple[int, int]] = frozenset(),
         clock_start: float = 0.0,
+        dropped: Collection[int] = frozenset(),
     ) -> Iterator[Result]:
         """Yields (prompt index, sample index, Sample) as samples finish.
 
-        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out. A sample's tokens
-        depend on the seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
+        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out, and of prompts
+        that the caller puts into `dropped` meanwhile no further sample is admitted. A sample's tokens depend on the
+        seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
         shows `deadline`, running samples end with finish_reason "deadline" and no more are started. It runs on while
         the caller handles a result.
         Raises BadInput for an empty prompt, a token id outside the vocabulary, a prompt that leaves no room for
@@ -99,7 +101,7 @@ class Engine:
         self.check(held, n, params)
         longest = max(map(len, held), default=0)
         room = self.plan(longest + params.max_tokens, longest)
-        return self._run(held, Rounds(len(held), n, skip), params, deadline, clock_start, room)
+        return self._run(held, Rounds(len(held), n, skip, dropped), params, deadline, clock_start, room)
 
     def plan(self, capacity: int, prompt: int, lazy: bool = False) -> Plan:
         """What fits into memory of sequences of at most `capacity` tokens behind prompts of at most `prompt`.

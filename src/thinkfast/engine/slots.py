@@ -13,20 +13,28 @@ from thinkfast.engine.sampling import ERROR, LENGTH, STOP, Sample, SamplingParam
 
 
 class Rounds:
-    """The pairs (prompt, sample) still to draw: sample j of every prompt before sample j + 1 of any."""
+    """The pairs (prompt, sample) still to draw: sample j of every prompt before sample j + 1 of any.
 
-    def __init__(self, prompts: int, n: int, skip: Collection[tuple[int, int]] = ()) -> None:
+    Prompts in `dropped`, which may grow meanwhile, are handed out no more.
+    """
+
+    def __init__(
+        self, prompts: int, n: int, skip: Collection[tuple[int, int]] = (), dropped: Collection[int] = ()
+    ) -> None:
         drawn = frozenset(skip)
         skipped = Counter(prompt for prompt, sample in drawn if 0 <= prompt < prompts and 0 <= sample < n)
         self._left = [n - skipped[prompt] for prompt in range(prompts)]
         every = ((prompt, sample) for sample in range(n) for prompt in range(prompts))
         self._pairs = (pair for pair in every if pair not in drawn)
+        self._dropped = dropped
         self._next = next(self._pairs, None)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return self
 
     def __next__(self) -> tuple[int, int]:
+        while self._next is not None and self._next[0] in self._dropped:
+            self._next = next(self._pairs, None)
         if self._next is None:
             raise StopIteration
         pair, self._next = self._next, next(self._pairs, None)

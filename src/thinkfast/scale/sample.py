@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from thinkfast.errors import BadInput
 from thinkfast.recipe import SampleSettings
 from thinkfast.records import SampleRow
 from thinkfast.scale import cluster
+from thinkfast.scale.adaptive import LiveVotes
 
 if TYPE_CHECKING:
     from thinkfast.engine.engine import Engine
@@ -58,6 +60,7 @@ def sample_model(
 ) -> Drawn:
     """Draws up to `settings.n` samples a problem within `settings.seconds` of clock into part files of `out_dir`.
 
+    With `settings.stop_error` a problem whose vote is decided gets no further sample, its turns go to the others.
     The clock starts with the first prefill; loading, the choice of slots and grading are outside it. When interrupted,
     everything finished so far is kept and the next call goes on. `update` gets the share that is done, 0 to 1.
     A sample whose logits were not finite is not stored, and drawn again by a call that goes on; run.json counts them.
@@ -70,7 +73,7 @@ def sample_model(
     read_config(model_dir)
     load_tokenizer(model_dir)
     inputs = {"model": records.hash_path(model_dir, records.MODEL_FILES), "problems": problems_hash(problems)}
-    described = settings.model_dump(mode="json")
+    described = settings.model_dump(mode="json", exclude_none=True)
     if prompt != PROMPTS["plain"]:
         described["prompt"] = asdict(prompt)
     if workers and len(settings.slots) != 1:
@@ -119,7 +122,13 @@ def _draw(
     )
     place = {problem.id: index for index, problem in enumerate(problems)}
     before = _on_disk(run)
-    skip = frozenset((place[row.problem_id], row.sample_index) for row in records.read_samples(run.directory))
+    held = records.read_samples(run.directory)
+    skip = frozenset((place[row.problem_id], row.sample_index) for row in held)
+    votes = LiveVotes(len(problems), settings.stop_error) if settings.stop_error else None
+    if votes:
+        for earlier in held:
+            votes.count(place[earlier.problem_id], earlier.text)
+    over = votes.over if votes else set()
     tokens = before.tokens
 
     def row(problem: int, index: int, sample: Sample) -> SampleRow:
@@ -136,35 +145,40 @@ def _draw(
             model=name,
         )
 
-    here = _in_process(model_dir, prompts, params, settings, run)
-    there = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers)
+    here = _in_process(model_dir, prompts, params, settings, run, over)
+    there = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers, over)
     with there if workers else here as stream, _Writer(run, row, before.seconds) as writer:
         _check_unchanged(model_dir, run)  # all have read it by now
         finished = stream(skip, before.seconds, settings.seconds)
-        failed = 0
+        failed: Counter[int] = Counter()
         for count, (problem, index, sample) in enumerate(finished, before.samples + 1):
             if sample.finish_reason == ERROR:
-                failed += 1
+                failed[problem] += 1
                 continue
             writer.add(problem, index, sample)
+            if votes:
+                votes.count(problem, tokenizer.decode(list(sample.token_ids)))
             tokens += len(sample.token_ids)
             share = max(sample.t_end / settings.seconds, count / (settings.n * len(problems)))
-            words = f"{count - failed} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s"
-            update(min(share, 1.0), words + (f", {failed} failed: logits not finite" if failed else ""))
+            words = f"{count - failed.total()} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s"
+            update(min(share, 1.0), words + (f", {failed.total()} failed: logits not finite" if failed else ""))
     if workers:
         run.note("slots", {"chosen": settings.slots[0]})
         run.note("engine", {"workers": workers, "threads": 1})
     del run.notes["clock"]
     drawn = _on_disk(run)
     if failed:
-        run.note("failed", failed)
+        run.note("failed", failed.total())
     if failed and not drawn.samples:
-        raise records.Failed(f"{model_dir}: the logits of all {failed} samples were not finite")
-    if drawn.samples + failed < settings.n * len(problems):
+        raise records.Failed(f"{model_dir}: the logits of all {failed.total()} samples were not finite")
+    counts = Counter(row.problem_id for row in records.read_samples(run.directory))
+    if any(counts[p.id] + failed[at] < settings.n for at, p in enumerate(problems) if at not in over):
         # The deadline ended it, perhaps between the last end and a start: no row tells that all of it was spent.
         drawn = replace(drawn, seconds=max(drawn.seconds, settings.seconds))
         run.note("clock", drawn.seconds)
     run.note("drawn", {"samples": drawn.samples, "tokens": drawn.tokens, "seconds": drawn.seconds})
+    if votes:
+        run.note("stopped", len(over))
     return drawn
 
 
@@ -176,7 +190,12 @@ def _check_unchanged(model_dir: Path, run: records.Stage) -> None:
 
 @contextmanager
 def _in_process(
-    model_dir: Path, prompts: list[list[int]], params: SamplingParams, settings: SampleSettings, run: records.Stage
+    model_dir: Path,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    settings: SampleSettings,
+    run: records.Stage,
+    over: Collection[int],
 ) -> Iterator[cluster.Stream]:
     """One engine in this process, warm."""
     import torch
@@ -188,7 +207,7 @@ def _in_process(
     engine = Engine(model, slots=_slots(model, prompts, params, settings, run))
     run.note("engine", {"backend": engine.backend, "threads": torch.get_num_threads()})
     _trial(engine, prompts[:1], params, deadline=0.5)
-    yield lambda skip, clock, deadline: engine.stream(prompts, settings.n, params, deadline, skip, clock)
+    yield lambda skip, clock, deadline: engine.stream(prompts, settings.n, params, deadline, skip, clock, over)
 
 
 def _slots(
