@@ -18,7 +18,9 @@ Make = Callable[..., Path]
 NAMES = (
     "llama",
     "llama3",
+    "qwen2",
     "hybrid",
+    "hybrid-bias",
     "hybrid-wide",
     "hybrid-untied-scaled",
     "hybrid-no-positions",
@@ -103,6 +105,7 @@ def test_what_llama_cpp_cannot_run_is_refused(make_model: Make, tmp_path: Path) 
     assert "192 wide, but llama.cpp runs those of 64 (padded) and 128 alone" in complaint(
         make_model("pure", mamba=type(wide)(12, 16, 16, 1)), out
     )
+    assert "queries and keys are normed" in complaint(make_model("qwen3"), out)
     assert list(tmp_path.iterdir()) == []
     out.write_text("mine")
     assert complaint(make_model("hybrid"), out) == f"{out} exists, expected a new file"
