@@ -118,6 +118,7 @@ def compare(name: str, attention: tuple[int, ...], ids: Tensor, steps: int, rate
     return {
         "first_step": dict(zip(sides, first, strict=True)),
         "seconds": medians,
+        "every_step": {side: [row["seconds"] for row in rows] for side, rows in found.items()},
         "tokens_per_second": {side: ids.numel() / seconds for side, seconds in medians.items()},
         "times_faster": medians["transformers"] / medians["thinkfast"],
         "floor_seconds": floor,
