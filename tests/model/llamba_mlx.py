@@ -11,7 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 
-def convolution(x: mx.array, weight: mx.array, bias: mx.array, past: mx.array, swish: bool) -> tuple[mx.array, mx.array]:
+def convolution(
+    x: mx.array, weight: mx.array, bias: mx.array, past: mx.array, swish: bool
+) -> tuple[mx.array, mx.array]:
     """Causal, by channel: x (B, L, C), weight (C, K), past (B, C, K - 1); returns y (B, L, C) and the new past."""
     assert not swish
     width, length = weight.shape[1], x.shape[1]
