@@ -84,7 +84,7 @@ def test_a_model_that_cannot_be_written(
         "files: model-00002-of-00002.safetensors",
         llamba(tmp_path / "llamba"): "the layers are Discrete Mamba-2, which no stock layout can express: distil the "
         "teacher into Mamba-2 layers",
-        tmp_path / "nothing": "/nothing: no such directory",
+        tmp_path / "nothing": "/nothing: no such model directory",
     }.items():
         line = refused([str(source), str(out), "--format", form], capsys)
         assert line.startswith("thinkfast: ")
