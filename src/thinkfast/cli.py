@@ -19,6 +19,7 @@ from thinkfast.options import (
     Init,
     Json,
     Model,
+    OpenEnded,
     Out,
     Overrides,
     ProblemsFile,
@@ -151,6 +152,7 @@ def sample(
     shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    open_ended: OpenEnded = False,
     stop_error: Annotated[
         float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
     ] = None,
@@ -166,7 +168,7 @@ def sample(
     values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
+    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad, not open_ended), json_)
 
 
 @app.command()
@@ -197,6 +199,7 @@ def compare(
     rewards: Rewards = None,
     price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
     count: Annotated[list[str] | None, typer.Option(help="grading, rewards: their seconds are in the clock.")] = None,
+    open_ended: OpenEnded = False,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -206,7 +209,8 @@ def compare(
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price, count or [])
+    compare_them = spending.compare_rewards if open_ended else spending.compare_sources
+    document = compare_them(sources, problems, settings, out, rewards or [], price, count or [])
     print("\n".join(spending.in_words(document)))
     finish(document, json_)
 
