@@ -120,6 +120,10 @@ def sample(
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="auto, transformers, vllm, or an OpenAI-style http://… address.")
+    ] = "auto",
+    draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead, for few slots.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -131,7 +135,7 @@ def sample(
     values |= {"max_tokens": max_tokens, "slots": numbers(slots), "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
+    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad, backend, draft), json_)
 
 
 @app.command()
