@@ -157,6 +157,10 @@ def sample(
         float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
     ] = None,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="auto, transformers, vllm, or an OpenAI-style http://… address.")
+    ] = "auto",
+    draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead, for few slots.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -168,7 +172,8 @@ def sample(
     values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad, not open_ended), json_)
+    given = (asked, ray, skip_bad, not open_ended, backend, draft)
+    finish(pipeline.sample_files(models, problems, settings, out, *given), json_)
 
 
 @app.command()

@@ -203,6 +203,8 @@ def sample_files(
     workers: int = 0,
     skip_bad: bool = False,
     answers: bool = True,
+    backend: str = "auto",
+    draft: Path | None = None,
 ) -> dict[str, Any]:
     """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`.
 
@@ -219,7 +221,9 @@ def sample_files(
     for name, directory in directories.items():
         place = out / name if len(models) > 1 else out
         with progress.bar(f"{name}: sample", 1.0) as update:
-            drawn = sample_model(directory, asked, settings, place, None, update, prompt, workers)
+            guesses = None if draft is None else teacher_directory(str(draft))
+            given = (update, prompt, workers, backend, guesses)
+            drawn = sample_model(directory, asked, settings, place, None, *given)
         words = f"{drawn.samples:,} samples in {drawn.seconds:.1f} s of clock, {drawn.tokens_per_second:,.0f} tokens/s"
         print(words if len(models) == 1 else f"{name}: {words}")
         told[name] = {**asdict(drawn), "tokens_per_second": drawn.tokens_per_second}
