@@ -26,7 +26,7 @@ def test_a_cache_takes_what_the_plan_says(any_model: Decoder) -> None:
         parts = (layer.keys, layer.values) if isinstance(layer, AttentionCache) else (layer.conv, layer.state)
         held += sum(part.nbytes for part in parts)
     planned = 3 * room.kept_bytes(config, 64, "bfloat16")
-    padding = 1.0 if config.head_dim % 16 == 0 else (-(-config.head_dim // 16) * 16) / config.head_dim
+    padding = -(-config.head_dim // room.BLOCK) * room.BLOCK / config.head_dim
     assert held <= planned <= held * padding
 
 
