@@ -22,9 +22,9 @@ from thinkfast.options import (
     Out,
     Overrides,
     ProblemsFile,
+    Reward,
     Rewards,
     Seed,
-    Solved,
     Source,
     Sources,
     finish,
@@ -79,7 +79,8 @@ def convert(
 ) -> None:
     """Turn a teacher into an untrained student and show where every tensor comes from."""
     from thinkfast import stages
-    from thinkfast.recipe import Student, section
+    from thinkfast.recipe import section
+    from thinkfast.sections import Student
 
     student = section(Student, {"name": "student", "attention": numbers(attention), "init": init, "seed": seed})
     print(stages.convert_model(stages.teacher_directory(str(teacher)), student, data, out))
@@ -87,20 +88,51 @@ def convert(
 
 @app.command()
 def distill(
-    teacher: Model,
-    data: Solved,
-    out: Annotated[Path, typer.Argument(help="A directory: the corpus and the student go there.")],
+    teacher: Annotated[Path, typer.Argument(help="A stock model directory, 'bundled', or a recipe (TOML) for all.")],
+    data: Annotated[Path | None, typer.Argument(help="Rows with problem, answer and solution, or a corpus.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="A directory: the corpus and the student go there.")] = None,
     attention: Attention = "",
     overrides: Overrides = None,
+    plan: Annotated[str | None, typer.Option(metavar="GPUS", help="Only tell what it takes, on e.g. 8xH100.")] = None,
     json_: Json = False,
 ) -> None:
-    """Convert, align and distil one student. --set takes a recipe's keys: align.*, distill.*, corpus.*, student.0.*."""
+    """Convert, align and distil one student of a teacher (TEACHER DATA OUT), or those of a recipe (RECIPE [OUT]).
+
+    --set takes a recipe's keys: align.*, distill.*, corpus.*, student.0.*. Under torchrun on all of its processes.
+    """
     from thinkfast import pipeline
     from thinkfast.recipe import with_overrides
 
+    if teacher.suffix == ".toml":
+        finish(pipeline.distill_recipe(teacher, data, overrides or [], plan), json_)
+        return
+    if data is None or out is None:
+        raise BadInput(f"distill {teacher}: expected TEACHER DATA OUT, or a recipe that ends in .toml")
     raw = {"student": [{"name": "student", "attention": numbers(attention)}], "corpus": {"path": str(data)}}
     recipe = with_overrides(raw, "distill", overrides or [])
-    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out), json_)
+    if plan is not None:
+        finish(pipeline.plan_recipe(recipe, teacher, plan), json_)
+        return
+    watch, compute = recipe.watch, recipe.compute
+    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out, print, watch, compute), json_)
+
+
+@app.command(name="rank-layers")
+def rank_layers(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: its teacher, corpus, base and distillation.")],
+    out: Annotated[Path, typer.Argument(help="A directory: ranking.json and what it was measured on go there.")],
+    method: Annotated[str, typer.Option(help="uniform, kl, kl-trained or answers.")] = "kl",
+    overrides: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Rank which layers should stay attention; students read it with ranking = ".../ranking.json" and keep = 1."""
+    from thinkfast import ranking
+    from thinkfast.recipe import load_recipe
+
+    document = ranking.rank_layers(load_recipe(recipe, overrides or []), method, out)
+    for keep, layers in document["choices"].items():
+        print(f"keep {keep}: layers {', '.join(map(str, layers))}")
+    finish(document, json_)
 
 
 @app.command()
@@ -119,6 +151,9 @@ def sample(
     shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    stop_error: Annotated[
+        float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
+    ] = None,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
     seed: Seed = 0,
     json_: Json = False,
@@ -128,7 +163,7 @@ def sample(
     from thinkfast.recipe import SampleSettings, section
 
     values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "seed": seed}
+    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
     finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
@@ -161,6 +196,7 @@ def compare(
     points: Annotated[int, typer.Option(help="Points between them.")] = 40,
     rewards: Rewards = None,
     price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
+    count: Annotated[list[str] | None, typer.Option(help="grading, rewards: their seconds are in the clock.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -170,7 +206,7 @@ def compare(
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price)
+    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price, count or [])
     print("\n".join(spending.in_words(document)))
     finish(document, json_)
 
@@ -239,7 +275,10 @@ def solve(
     ] = None,
     budget: Annotated[str, typer.Option(help="Time for each problem, e.g. 5s or 500ms.")] = "5s",
     problems: Annotated[Path | None, typer.Option(help="JSONL rows with problem, or a .txt of lines.")] = None,
-    strategy: Annotated[str, typer.Option(help="majority, adaptive, best_of_n or weighted.")] = "majority",
+    strategy: Annotated[
+        str | None, typer.Option(help="majority, adaptive, best_of_n, or weighted (the default with --reward).")
+    ] = None,
+    reward: Reward = None,
     n: Annotated[int, typer.Option(min=1, help="Chains of thought a problem, at most.")] = 256,
     temperature: float = 0.8,
     slots: Annotated[int, typer.Option(help="Chains decoded at once.")] = 64,
@@ -250,7 +289,7 @@ def solve(
     from thinkfast import stages
     from thinkfast.serve import terminal
 
-    settings = terminal.settings(budget, strategy, n, temperature, slots, seed)
+    settings = terminal.settings(budget, strategy, n, temperature, slots, seed, reward)
     texts = terminal.read_texts(problem, problems)
     found = terminal.solve_texts(stages.teacher_directory(str(model)), texts, settings)
     finish(found[0] if problem not in (None, "-") else found, json_)
@@ -268,6 +307,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 4096,
     max_n: Annotated[int, typer.Option(min=1, help="Choices of a request.")] = 64,
     max_budget: Annotated[str, typer.Option(help="Longest time of a request.")] = "60s",
+    reward: Reward = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
     """Serve models in OpenAI's protocol, with time budgets, and a page at /."""
@@ -276,7 +316,7 @@ def serve(
 
     limits = launch.limits(max_prompt, max_tokens, max_n, max_budget, queue)
     directories = [stages.teacher_directory(str(model)) for model in models]
-    launch.serve_models(directories, host, port, slots, limits, keys, log_prompts)
+    launch.serve_models(directories, host, port, slots, limits, keys, reward, log_prompts)
 
 
 @app.command()

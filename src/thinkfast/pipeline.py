@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from thinkfast import progress, records, results
+from thinkfast import progress, ranks, records, results
 from thinkfast.data.chat import PROMPTS, Prompt, named_prompt
 from thinkfast.data.problems import Problem
 from thinkfast.data.sets import open_problems
 from thinkfast.errors import BadInput
-from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Student, Text, dump_recipe, load_recipe
-from thinkfast.stages import Say, Stages, copy_teacher, make_corpus, make_problems, make_student, teacher_directory
+from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Teacher, Text, dump_recipe, load_recipe
+from thinkfast.sections import Compute, Student, Watching
+from thinkfast.stages import (
+    Say,
+    Stages,
+    copy_teacher,
+    layer_plan,
+    make_corpus,
+    make_problems,
+    teacher_directory,
+    text_sources,
+)
+from thinkfast.students import make_base, make_student
+
+UNWATCHED, ON_ONE = Watching(answers=0), Compute()
 
 
 def run_file(path: Path, out: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +46,8 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
     Failed when a stage cannot go on.
     """
     source = teacher_directory(recipe.teacher.path)
-    _require_files(recipe.problems.path, recipe.corpus.path)
+    _require_files(recipe.problems.path, recipe.corpus.path, *(student.ranking for student in recipe.student))
+    text_sources(recipe.corpus)
     with records.locked(out):
         if not (out / "recipe.toml").exists():
             records.write_text(out / "recipe.toml", dump_recipe(recipe))
@@ -41,8 +56,12 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
         teacher = copy_teacher(source, out / "models" / TEACHER, stages)
         check_fit(recipe, teacher, problems)
         corpus = make_corpus(recipe.corpus, teacher, out / "corpus", stages)
+        base = None
+        if recipe.base is not None:
+            base = make_base(recipe.base, teacher, corpus, recipe.corpus.held_out, out / "base", stages, recipe.watch)
         for student in recipe.student:
-            make_student(student, teacher, corpus, recipe.corpus.held_out, out / "models" / student.name, stages)
+            place = out / "models" / student.name
+            make_student(student, teacher, corpus, recipe.corpus.held_out, place, stages, recipe.watch, base)
         for name in recipe.models:
             _sample(recipe, name, problems, out, stages)
         _bench(recipe, out, stages)
@@ -59,7 +78,7 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
 def _require_files(*paths: str | None) -> None:
     """Refuses missing files before anything is written."""
     for path in paths:
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).is_file() and not (Path(path) / "corpus.json").is_file():
             raise BadInput(f"{path}: no such file")
 
 
@@ -68,12 +87,11 @@ def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
     from thinkfast.data.chat import render_prompt
     from thinkfast.data.tokenizer import load_tokenizer
     from thinkfast.model.checkpoint import read_config
-    from thinkfast.student.plan import LayerPlan
 
     config, tokenizer = read_config(teacher), load_tokenizer(teacher)
     for student in recipe.student:
         try:
-            LayerPlan(student.attention, student.init).student_config(config)
+            layer_plan(student).student_config(config)
         except BadInput as error:
             raise BadInput(f"student {student.name}: {error}") from None
     longest = max(len(render_prompt(tokenizer, problem.problem)) for problem in problems)
@@ -82,18 +100,78 @@ def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
         raise BadInput(f"sample.max_tokens {recipe.sample.max_tokens}: the longest prompt leaves room for {room}")
 
 
-def distill_model(teacher: Path, text: Text, student: Student, out: Path, say: Say = print) -> dict[str, Any]:
+def distill_model(
+    teacher: Path,
+    text: Text,
+    student: Student,
+    out: Path,
+    say: Say = print,
+    watch: Watching = UNWATCHED,
+    compute: Compute = ON_ONE,
+) -> dict[str, Any]:
     """Makes one student of a teacher from a file of problems with solutions: `out/corpus`, then `out/<its name>`.
 
     Returns what the student's run.json notes: the KL divergence, alignment errors, tokens and seconds.
     """
-    stages, teacher_dir = Stages(say), teacher_directory(str(teacher))
+    teacher_dir = teacher_directory(str(teacher))
     _require_files(text.path)
-    with records.locked(out):
+    text_sources(text)
+    with _alone_or_together(out, say) as stages:
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
-        make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages)
+        make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages, watch, compute=compute)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]
     return notes
+
+
+def distill_recipe(path: Path, out: Path | None, overrides: Sequence[str], gpus: str | None) -> dict[str, Any]:
+    """Makes all students of a recipe, on as many processes as torchrun started; nothing is sampled.
+
+    With `gpus` it only tells what that takes. Returns the plan, or what the students' run.json note.
+    """
+    from thinkfast import forecast
+
+    recipe = load_recipe(path, overrides)
+    if gpus is not None:
+        return forecast.tell_plan(recipe, gpus)
+    return distill_students(recipe, out or Path("runs") / path.stem)
+
+
+def distill_students(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Makes all students of a recipe: `out/corpus`, `out/base`, then `out/models/<name>` each."""
+    from thinkfast import forecast
+
+    _require_files(recipe.corpus.path, *(student.ranking for student in recipe.student))
+    text_sources(recipe.corpus)
+    teacher_dir, held_out = teacher_directory(recipe.teacher.path), recipe.corpus.held_out
+    watch, how = recipe.watch, recipe.compute
+    with _alone_or_together(out, print) as stages:
+        forecast.check_here(recipe)
+        corpus, base = make_corpus(recipe.corpus, teacher_dir, out / "corpus", stages), None
+        if recipe.base is not None:
+            base = make_base(recipe.base, teacher_dir, corpus, held_out, out / "base", stages, watch, how)
+        for student in recipe.student:
+            place = out / "models" / student.name
+            make_student(student, teacher_dir, corpus, held_out, place, stages, watch, base, how)
+    names = [student.name for student in recipe.student]
+    return {name: (records.read_record(out / "models" / name) or {})["notes"] for name in names}
+
+
+def plan_recipe(recipe: Recipe, teacher: Path, gpus: str) -> dict[str, Any]:
+    """Tells what a recipe takes with another teacher."""
+    from thinkfast import forecast
+
+    return forecast.tell_plan(recipe.model_copy(update={"teacher": Teacher(path=str(teacher))}), gpus)
+
+
+@contextmanager
+def _alone_or_together(out: Path, say: Say) -> Iterator[Stages]:
+    """Stages in `out` by this process, or by all that torchrun started; the first of them holds the directory."""
+    with ranks.gathered() as team:
+        if team.rank:
+            yield Stages(lambda line: None)
+            return
+        with records.locked(out):
+            yield Stages(say)
 
 
 def _sample(recipe: Recipe, name: str, problems: list[Problem], out: Path, stages: Stages) -> None:

@@ -21,7 +21,9 @@ transformers = pytest.importorskip("transformers", minversion="5.23.0", reason="
 Make = Callable[..., Path]
 
 
-@pytest.mark.parametrize("name", ["llama3", "hybrid", "hybrid-no-positions", "groups-wide", "pure-groups"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "qwen3", "hybrid", "hybrid-bias", "hybrid-no-positions", "groups-wide", "pure-groups"]
+)
 def test_an_export_is_the_model(make_model: Make, tmp_path: Path, name: str) -> None:
     source = make_model(name)
     document = export_hf(source, tmp_path / "new" / "out")

@@ -189,7 +189,11 @@ def test_shapes_the_stock_class_refuses_are_refused(tiny, tmp_path: Path) -> Non
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 BAD_FIELDS = [
-    ("llama", {"model_type": "mistral"}, "model_type is 'mistral', supported are 'llama', 'granitemoehybrid', "),
+    (
+        "llama",
+        {"model_type": "mixtral"},
+        "model_type is 'mixtral', supported are 'llama', 'mistral', 'qwen2', 'qwen3', 'granitemoehybrid', ",
+    ),
     ("llama", {"attention_bias": True}, "attention_bias is True"),
     ("llama", {"mlp_bias": True}, "mlp_bias is True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

@@ -1,4 +1,5 @@
-"""Grouped-query attention with rotary embedding and an optional cache (arXiv 2305.13245, 2104.09864)."""
+"""Grouped-query attention with rotary embedding and an optional cache (arXiv 2305.13245, 2104.09864); where the
+configuration says so, with a bias on queries, keys and values, or with normed queries and keys (arXiv 2302.05442)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from thinkfast.model.cache import AttentionCache
 from thinkfast.model.config import DecoderConfig
-from thinkfast.model.layers import apply_rope, rope_frequencies
+from thinkfast.model.layers import RMSNorm, apply_rope, rope_frequencies
 
 
 class Attention(nn.Module):
@@ -22,24 +23,23 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequency", frequency, persistent=False)
 
     def forward(self, u: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """u (B, L, D) -> (B, L, D). With a cache the L tokens are appended at each row's own length."""
         batch, length, _ = u.shape
-        q = self.q_proj(u).view(batch, length, self.num_heads, self.head_dim)
-        k = self.k_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
         positions = torch.arange(length, device=u.device)
         if cache is not None:
             positions = cache.lengths[:, None] + positions
-        q = apply_rope(q, positions, self.frequency).transpose(1, 2)
-        k = apply_rope(k, positions, self.frequency).transpose(1, 2)
+        q, k = self.queries_keys(u, positions)
         v = v.transpose(1, 2)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -52,3 +52,22 @@ class Attention(nn.Module):
             )
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
         return out
+
+    def queries_keys(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Turned queries (B, H, L, P) and keys (B, KVH, L, P) of inputs u (B, L, D) at positions (B, L) or (L,)."""
+        batch, length, _ = u.shape
+        q = self.q_proj(u).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (apply_rope(x, positions, self.frequency).transpose(1, 2) for x in (q, k))
+        return q, k
+
+    def matrix(self, u: Tensor) -> Tensor:
+        """The weights with which query positions read key positions, (B, H, L, L), for inputs u (B, L, D)."""
+        q, k = self.queries_keys(u, torch.arange(u.shape[1], device=u.device))
+        repeats = self.num_heads // self.num_kv_heads
+        scores = q.float() @ k.float().repeat_interleave(repeats, dim=1).transpose(-1, -2) * self.head_dim**-0.5
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=u.device).triu(1)
+        weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return weights

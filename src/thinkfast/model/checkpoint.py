@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, DecoderConfig
+from thinkfast.model.config import ATTENTION, MAMBA2, DecoderConfig
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.foreign import absent, adapt, parse
 from thinkfast.model.layout import dump_config
+from thinkfast.model.own import dump_own
 from thinkfast.model.tensors import (
     from_stock,
     inert_layer,
     layout_of,
+    output_biases,
     stock_name,
     stock_shapes,
     to_stock,
@@ -52,7 +54,8 @@ def read_config(path: str | Path) -> DecoderConfig:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
-    """A decoder in eval mode from a Llama, dense GraniteMoeHybrid, Bamba, Mamba-2 or Llamba directory.
+    """A decoder in eval mode from a stock directory: Llama, Mistral, Qwen2, Qwen3, dense GraniteMoeHybrid, Bamba,
+    Mamba-2 or Llamba.
 
     The weights are in one file or in shards. The inert attention layer of a pure student is dropped. Raises BadInput
     naming the file and the field, or every tensor that is missing, unexpected or of the wrong shape.
@@ -70,6 +73,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     model = _skeleton(config)
     state = {name: tensor for name, tensor in model.state_dict().items() if absent(name, raw, layout) is None}
     _check(path, stock, stock_shapes(state, config, layout))
+    for name in output_biases(config, layout):
+        if stock[name].any():
+            raise BadInput(f"{path}: {name} is not zero; a bias behind o_proj is not supported")
     writers = writers_of_only_attention(config)
     if writers and _all_zero(stock, writers):
         stock, config = without_last_layer(stock, config)
@@ -86,7 +92,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
 
 
 def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
-    """Writes a stock directory in the model's dtype: Llama where all layers are attention, else GraniteMoeHybrid.
+    """Writes a stock directory in the model's dtype: its family's if all layers are attention, else GraniteMoeHybrid.
 
     A pure student gets an inert attention layer, see `inert_layer`. Tokenizer files are copied from the directory
     `tokenizer_from`. Everything is written beside `path` and renamed; other files already in `path` stay.
@@ -102,8 +108,25 @@ def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | No
     if ATTENTION not in config.layer_types:
         stock |= inert_layer(config, dtype)
         config = config.with_layers((*config.layer_types, ATTENTION), config.mamba)
-    raw = dump_config(config, layout, dtype)
+    write_directory(path, dump_config(config, layout, dtype), stock, tokenizer_from)
 
+
+def save_own(model: Decoder, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
+    """`save_model`, but a decoder that no stock layout expresses (Discrete Mamba-2, Mamba-1) is written in thinkfast's
+    own, `model_type` "thinkfast": the decoder's shape and its tensors by the decoder's names. Only `load_model` reads
+    it."""
+    mamba = model.config.mamba
+    if mamba is None or mamba.kind == MAMBA2:
+        save_model(model, path, tokenizer_from)
+    else:
+        raw = dump_own(model.config, model.embed_tokens.weight.dtype)
+        write_directory(Path(path).resolve(), raw, dict(model.state_dict()), tokenizer_from)
+
+
+def write_directory(
+    path: Path, raw: dict[str, Any], stock: dict[str, Tensor], tokenizer_from: str | Path | None
+) -> None:
+    """Writes config, weights and tokenizer files beside `path`, an absolute one, and renames."""
     staging, replaced = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
@@ -131,7 +154,7 @@ def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | No
         shutil.rmtree(staging, ignore_errors=True)
 
 
-class _WithoutInitialisation(TorchFunctionMode):
+class without_initialisation(TorchFunctionMode):  # noqa: N801 - used like a function
     """Leaves new parameters as they are. Memory nobody touches costs nothing, and unlike the meta device, whose
     arithmetic imports the compiler for seconds, this starts at once.
     """
@@ -147,7 +170,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 def _skeleton(config: DecoderConfig) -> Decoder:
     """A decoder whose matrices hold nothing yet."""
-    with _WithoutInitialisation():
+    with without_initialisation():
         return Decoder(config)
 
 

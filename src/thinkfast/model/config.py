@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 ATTENTION = "attention"
 MAMBA = "mamba"
+MAMBA2, DISCRETE, MAMBA1 = "mamba2", "discrete", "mamba1"
+TITLES = {MAMBA2: "Mamba-2", DISCRETE: "Discrete Mamba-2", MAMBA1: "Mamba-1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,9 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class MambaConfig:
-    """Mamba-2 mixer shape, in the GraniteMoeHybrid definition: d_inner = n_heads * head_dim.
+    """The shape of a mixer with a state; `kind` says which one, see `thinkfast.model.mixers`.
 
-    `discrete`: the Discrete Mamba-2 of Llamba instead, see `thinkfast.model.discrete`.
+    Of Mamba-2 as GraniteMoeHybrid defines it, unless said otherwise there: d_inner = n_heads * head_dim.
     """
 
     n_heads: int
@@ -31,7 +33,7 @@ class MambaConfig:
     n_groups: int
     d_conv: int = 4
     chunk_size: int = 64
-    discrete: bool = False
+    kind: str = MAMBA2
 
     @property
     def d_inner(self) -> int:
@@ -39,12 +41,17 @@ class MambaConfig:
 
     @property
     def conv_dim(self) -> int:
-        """Channels that pass through the convolution: x, B and C."""
-        return self.d_inner + 2 * self.n_groups * self.d_state
+        """Channels that pass through the convolution: x, B and C; of Mamba-1 x alone."""
+        return self.d_inner if self.kind == MAMBA1 else self.d_inner + 2 * self.n_groups * self.d_state
+
+    @property
+    def title(self) -> str:
+        """What people call the mixer."""
+        return TITLES[self.kind]
 
     @property
     def in_proj_rows(self) -> int:
-        """Rows of in_proj: z, x, B, C, dt."""
+        """Rows of in_proj: z, x, B, C, dt. Mamba-1 has a projection for each."""
         return self.d_inner + self.conv_dim + self.n_heads
 
 
@@ -53,6 +60,8 @@ class DecoderConfig:
     """Everything that fixes a decoder's tensors and arithmetic. `layer_types` has one entry a layer.
 
     `rotary_dim`: channels of a head that rotary embedding turns, by default all; 0 for no positions at all.
+    `qkv_bias`: queries, keys and values have a bias (Qwen2); `qk_norm`: queries and keys are normed head by head before
+    rotary embedding (Qwen3). `family`: the stock layout in which a decoder without Mamba layers is written.
     """
 
     vocab_size: int
@@ -72,6 +81,9 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     rotary_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    family: str = "llama"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -89,4 +101,14 @@ class DecoderConfig:
         return len(self.layer_types)
 
     def with_layers(self, layer_types: tuple[str, ...], mamba: MambaConfig | None) -> DecoderConfig:
-        return replace(self, layer_types=layer_types, mamba=mamba)
+        """The same decoder with other mixers. One without attention has no bias or norm there; one with Mamba layers is
+        of no family."""
+        attends = ATTENTION in layer_types
+        return replace(
+            self,
+            layer_types=layer_types,
+            mamba=mamba,
+            qkv_bias=self.qkv_bias and attends,
+            qk_norm=self.qk_norm and attends,
+            family="llama" if MAMBA in layer_types else self.family,
+        )

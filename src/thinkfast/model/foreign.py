@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig
+from thinkfast.model.config import ATTENTION, DISCRETE, MAMBA, DecoderConfig, MambaConfig
 from thinkfast.model.layout import (
     HYBRID,
-    LLAMA,
+    WRITTEN,
     Fields,
     check_no_limit,
     parse_config,
@@ -23,6 +23,7 @@ from thinkfast.model.layout import (
     parse_mamba,
     parse_rope,
 )
+from thinkfast.model.own import OWN, parse_own
 
 BAMBA, MAMBA2, MAMBA_SSM, LLAMBA = "bamba", "mamba2", "mamba_ssm", "llamba"
 BAMBA_ROTARY = 0.5
@@ -37,10 +38,12 @@ def parse(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
     """
     readers = {BAMBA: _bamba, MAMBA2: _mamba2, MAMBA_SSM: _mamba_ssm, LLAMBA: _llamba}
     layout = _layout(raw)
-    if layout in (LLAMA, HYBRID):
+    if layout == OWN:
+        return OWN, parse_own(raw, where)
+    if layout in WRITTEN:
         return parse_config(raw, where)
     if layout not in readers:
-        known = ", ".join(repr(name) for name in (LLAMA, HYBRID, *readers))
+        known = ", ".join(repr(name) for name in (*WRITTEN, *readers))
         raise BadInput(f"{where}: model_type is {layout!r}, supported are {known}, without experts")
     try:
         return layout, readers[layout](Fields(raw, where))
@@ -170,7 +173,7 @@ def _llamba(fields: Fields) -> DecoderConfig:
         n_groups=mixer.integer("n_qk_heads", 32),
         d_conv=mixer.integer("d_conv", 4),
         chunk_size=mixer.integer("chunk_size", 128),
-        discrete=True,
+        kind=DISCRETE,
     )
     return DecoderConfig(
         vocab_size=_padded_vocabulary(fields, 8),
@@ -222,6 +225,8 @@ def absent(name: str, raw: dict[str, Any], layout: str) -> float | None:
 
 def adapt(state: dict[str, Tensor], raw: dict[str, Any], layout: str, config: DecoderConfig) -> dict[str, Tensor]:
     """A state dict in which the multipliers and the rotary embedding of the layout have become the decoder's own."""
+    if layout == OWN:
+        return state
     if layout == HYBRID:
         return _without_multipliers(state, raw, config)
     if config.rotary_dim:
@@ -239,7 +244,12 @@ def _without_multipliers(state: dict[str, Tensor], raw: dict[str, Any], config: 
     scores = raw.get("attention_multiplier", 1.0) * config.head_dim**0.5
     # A tied head would multiply by the embedding's factor as well.
     last = raw.get("logits_scaling", 1.0) * (embedding if config.tie_word_embeddings else 1.0)
-    factors = {"embed_tokens.weight": embedding, "q_proj.weight": scores, "down_proj.weight": residual}
+    factors = {
+        "embed_tokens.weight": embedding,
+        "q_proj.weight": scores,
+        "q_proj.bias": scores,
+        "down_proj.weight": residual,
+    }
     factors |= {"o_proj.weight": residual, "out_proj.weight": residual}
     for name, tensor in state.items():
         factor = 1.0 / last if name == "norm.weight" else factors.get(name.split("mixer.")[-1].split("mlp.")[-1], 1.0)

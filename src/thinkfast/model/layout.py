@@ -1,7 +1,7 @@
 """Stock checkpoint layouts: what the config.json of a Hugging Face model says about a decoder.
 
-Two layouts are written, named by their `model_type`: `llama`, and `granitemoehybrid` in its dense form (no experts).
-Those that are only read are in `foreign.py`.
+The layouts that are written are named by their `model_type`: `llama` (also SmolLM), `mistral`, `qwen2`, `qwen3`, and
+`granitemoehybrid` in its dense form (no experts). Those that are only read are in `foreign.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,20 @@ from typing import Any
 import torch
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig, RopeScaling
+from thinkfast.model.config import ATTENTION, MAMBA, MAMBA2, DecoderConfig, MambaConfig, RopeScaling
 
-LLAMA = "llama"
+LLAMA, MISTRAL, QWEN2, QWEN3 = "llama", "mistral", "qwen2", "qwen3"
 HYBRID = "granitemoehybrid"
-KINDS = {"mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, "full_attention": ATTENTION}
+CLASSES = {
+    LLAMA: "LlamaForCausalLM",
+    MISTRAL: "MistralForCausalLM",
+    QWEN2: "Qwen2ForCausalLM",
+    QWEN3: "Qwen3ForCausalLM",
+    HYBRID: "GraniteMoeHybridForCausalLM",
+}
+WRITTEN = tuple(CLASSES)
+FULL = "full_attention"
+KINDS = {"mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, FULL: ATTENTION}
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 NO_POSITIONS = (None, "nope")
 
@@ -69,31 +78,33 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
     """
     fields = Fields(raw, where)
     layout = raw.get("model_type")
-    if layout not in (LLAMA, HYBRID):
-        raise BadInput(f"{where}: model_type is {layout!r}, expected {LLAMA!r} or {HYBRID!r}")
+    if layout not in WRITTEN:
+        raise BadInput(f"{where}: model_type is {layout!r}, expected one of {', '.join(WRITTEN)}")
     fields.only("quantization_config", None, None)
     fields.only("hidden_act", "silu", "silu")
-    fields.only("attention_bias", False, False)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", hidden // heads)
+    head_dim, shared = hidden // heads, {MISTRAL: 8, QWEN2: 32, QWEN3: 32}.get(layout, heads)
+    if layout != QWEN2:
+        head_dim = fields.integer("head_dim", 128 if layout == QWEN3 else head_dim)
     if head_dim % 2:
         raise fields.fail("head_dim", head_dim, "an even number, as rotary embedding asks for")
-    if layout == LLAMA:
-        fields.only("mlp_bias", False, False)
-        kinds: tuple[str, ...] = (ATTENTION,) * fields.integer("num_hidden_layers")
-        mamba = None
-    else:
+    positions, family, mamba = True, layout, None
+    if layout == HYBRID:
         kinds = _parse_layer_types(fields)
         mamba = _parse_hybrid(fields, hidden) if MAMBA in kinds else None
+        bias, positions = fields.flag("attention_bias", False), _parse_positions(fields)
+        family = QWEN2 if bias and mamba is None else LLAMA
+    else:
+        kinds, bias = (ATTENTION,) * fields.integer("num_hidden_layers"), layout == QWEN2
+        _check_family(fields, layout)
     theta, scaling = parse_rope(fields)
-    positions = layout == LLAMA or _parse_positions(fields)
     try:
         return layout, DecoderConfig(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=fields.integer("intermediate_size" if layout == LLAMA else "shared_intermediate_size"),
+            intermediate_size=fields.integer("shared_intermediate_size" if layout == HYBRID else "intermediate_size"),
             num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads),
+            num_kv_heads=fields.integer("num_key_value_heads", heads if "num_key_value_heads" in raw else shared),
             head_dim=head_dim,
             layer_types=kinds,
             mamba=mamba,
@@ -102,13 +113,37 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
             rope_scaling=scaling,
             max_position_embeddings=fields.integer("max_position_embeddings", 2048),
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            bos_token_id=fields.token("bos_token_id", 1),
-            eos_token_ids=parse_eos(fields),
+            bos_token_id=fields.token("bos_token_id", None if layout in (QWEN2, QWEN3) else 1),
+            eos_token_ids=parse_eos(fields, None if layout in (QWEN2, QWEN3) else 2),
             pad_token_id=fields.token("pad_token_id", None),
             rotary_dim=None if positions else 0,
+            qkv_bias=bias,
+            qk_norm=layout == QWEN3,
+            family=family,
         )
     except ValueError as error:
         raise BadInput(f"{where}: {error}") from error
+
+
+def _check_family(fields: Fields, layout: str) -> None:
+    """Refuses what the classes of Llama, Mistral and Qwen can and this decoder cannot."""
+    if layout != QWEN2:
+        fields.only("attention_bias", False, False)
+    fields.only("mlp_bias", False, False)
+    fields.only("rope_interleaved", False, False)
+    for index, kind in enumerate(fields.raw.get("layer_types") or []):
+        if kind != FULL:
+            raise fields.fail(f"layer_types[{index}]", kind, f"{FULL!r}: nothing else is supported")
+    if layout == MISTRAL or (layout in (QWEN2, QWEN3) and fields.flag("use_sliding_window", False)):
+        window = fields.raw.get("sliding_window", 4096)
+        longest = fields.integer("max_position_embeddings", 4096 * 32 if layout == MISTRAL else 32768)
+        if window is not None and fields.integer("sliding_window", 4096) < longest:
+            raise fields.fail(
+                "sliding_window",
+                window,
+                f"null or at least max_position_embeddings = {longest}: a window shorter than the context is not "
+                f"supported (with max_position_embeddings = {window} the model is exact)",
+            )
 
 
 def _parse_layer_types(fields: Fields) -> tuple[str, ...]:
@@ -202,15 +237,39 @@ def parse_eos(fields: Fields, default: int | None = 2) -> tuple[int, ...]:
 
 def check_stock(config: DecoderConfig) -> None:
     """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has."""
-    if config.mamba is not None and config.mamba.discrete:
+    if config.qk_norm:
         raise BadInput(
-            "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers"
+            "the attention layers norm queries and keys, which no layout of a hybrid model can express: "
+            "convert every layer, or take a teacher without QK norm"
+        )
+    if config.mamba is not None and config.mamba.kind != MAMBA2:
+        raise BadInput(
+            f"the layers are {config.mamba.title}, which no stock layout can express: "
+            "distil the teacher into Mamba-2 layers"
         )
     if config.rotary_dim not in (None, 0, config.head_dim):
         raise BadInput(
             f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, which no layout that is "
             "written can express: all or none"
         )
+
+
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    LLAMA: {"attention_bias": False, "mlp_bias": False},
+    MISTRAL: {"sliding_window": None},
+    QWEN2: {"use_sliding_window": False, "sliding_window": None},
+    QWEN3: {"use_sliding_window": False, "sliding_window": None, "attention_bias": False},
+}
+
+
+def _check_written(config: DecoderConfig, layout: str) -> None:
+    """Raises BadInput for a decoder of attention layers whose family cannot say what it computes."""
+    if config.hidden_size % config.num_heads and layout == LLAMA:
+        raise BadInput(f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}")
+    if layout == QWEN2 and config.head_dim * config.num_heads != config.hidden_size:
+        raise BadInput(f"head_dim is {config.head_dim}, but Qwen2 has hidden_size / num_heads")
+    if (config.qkv_bias, config.qk_norm) != (layout == QWEN2, layout == QWEN3):
+        raise BadInput(f"the layout {layout!r} cannot express qkv_bias {config.qkv_bias} with qk_norm {config.qk_norm}")
 
 
 def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -243,7 +302,6 @@ def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": False,
         **theta,
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), **theta},
@@ -254,10 +312,9 @@ def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[
         "dtype": name,
         "torch_dtype": name,
     }
-    if layout == LLAMA:
-        if config.hidden_size % config.num_heads:
-            raise BadInput(f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}")
-        return raw | {"architectures": ["LlamaForCausalLM"], "mlp_bias": False}
+    if layout != HYBRID:
+        _check_written(config, layout)
+        return raw | {"architectures": [CLASSES[layout]], **_OWN_FIELDS[layout]}
     if config.mamba is None:
         raise ValueError("the configuration has no mamba shape")
     check_stock(config)
@@ -266,7 +323,8 @@ def dump_config(config: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[
             f"mamba n_heads * head_dim = {config.mamba.d_inner} is not a multiple of hidden_size {config.hidden_size}"
         )
     return raw | {
-        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "architectures": [CLASSES[HYBRID]],
+        "attention_bias": config.qkv_bias,
         "layer_types": list(config.layer_types),
         "shared_intermediate_size": config.intermediate_size,
         "num_local_experts": 0,

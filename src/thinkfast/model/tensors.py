@@ -7,7 +7,8 @@ from torch import Tensor
 
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig
 from thinkfast.model.foreign import BAMBA, LLAMBA, MAMBA2, MAMBA_SSM
-from thinkfast.model.layout import HYBRID, LLAMA
+from thinkfast.model.layout import HYBRID
+from thinkfast.model.own import OWN
 
 MIXERS = {ATTENTION: "self_attn", MAMBA: "mamba"}
 STATE_SPACE = (MAMBA2, MAMBA_SSM, LLAMBA)
@@ -32,12 +33,21 @@ HYBRID_MLP = {
 
 def layout_of(config: DecoderConfig) -> str:
     """The layout a decoder is written in."""
-    return HYBRID if MAMBA in config.layer_types else LLAMA
+    return HYBRID if MAMBA in config.layer_types else config.family
+
+
+def output_biases(config: DecoderConfig, layout: str) -> list[str]:
+    """Stock names of the biases that the hybrid layout has behind o_proj wherever queries, keys and values have one;
+    the decoder has none, so they are zero."""
+    if layout != HYBRID or not config.qkv_bias:
+        return []
+    indices = (index for index, kind in enumerate(config.layer_types) if kind == ATTENTION)
+    return [f"model.layers.{index}.self_attn.o_proj.bias" for index in indices]
 
 
 def stock_name(name: str, config: DecoderConfig, layout: str) -> tuple[str, int | None]:
     """The stock name of a decoder's tensor, and which half of that tensor it is (None: all of it)."""
-    if name == "lm_head.weight":
+    if name == "lm_head.weight" or layout == OWN:
         return name, None
     model = "backbone" if layout in STATE_SPACE else "model"
     if not name.startswith("layers."):
@@ -69,12 +79,14 @@ def to_stock(state: dict[str, Tensor], config: DecoderConfig, layout: str) -> di
             stock[target] = tensor
         else:
             halves.setdefault(target, {})[half] = tensor
+    for name in output_biases(config, layout):
+        stock[name] = state["embed_tokens.weight"].new_zeros(config.hidden_size)
     return stock | {target: torch.cat((parts[0], parts[1])) for target, parts in halves.items()}
 
 
 def stock_shapes(state: dict[str, Tensor], config: DecoderConfig, layout: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what `to_stock` returns."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(output_biases(config, layout), (config.hidden_size,))
     for name, tensor in state.items():
         target, half = stock_name(name, config, layout)
         rows, *rest = tensor.shape

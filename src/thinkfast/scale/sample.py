@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -24,6 +25,7 @@ from thinkfast.errors import BadInput
 from thinkfast.recipe import SampleSettings
 from thinkfast.records import SampleRow
 from thinkfast.scale import cluster
+from thinkfast.scale.adaptive import LiveVotes
 
 if TYPE_CHECKING:
     from thinkfast.engine.engine import Engine
@@ -58,17 +60,20 @@ def sample_model(
 ) -> Drawn:
     """Draws up to `settings.n` samples a problem within `settings.seconds` of clock into part files of `out_dir`.
 
+    With `settings.stop_error` a problem whose vote is decided gets no further sample, its turns go to the others.
     The clock starts with the first prefill; loading, the choice of slots and grading are outside it. When interrupted,
     everything finished so far is kept and the next call goes on. `update` gets the share that is done, 0 to 1.
+    A sample whose logits were not finite is not stored, and drawn again by a call that goes on; run.json counts them.
     prompt: how problems are put; kept in run.json. workers: processes of a Ray cluster; 0 draws in this process.
-    Raises BadInput for an unusable model, and when `out_dir` holds samples of other settings.
+    Raises BadInput for an unusable model, one that changes meanwhile, and when `out_dir` holds samples of other
+    settings; Failed when no sample at all had finite logits.
     """
     from thinkfast.model.checkpoint import read_config
 
     read_config(model_dir)
     load_tokenizer(model_dir)
     inputs = {"model": records.hash_path(model_dir, records.MODEL_FILES), "problems": problems_hash(problems)}
-    described = settings.model_dump(mode="json")
+    described = settings.model_dump(mode="json", exclude_none=True)
     if prompt != PROMPTS["plain"]:
         described["prompt"] = asdict(prompt)
     if workers and len(settings.slots) != 1:
@@ -88,7 +93,7 @@ def problems_hash(problems: Sequence[Problem]) -> str:
 
 
 def _on_disk(run: records.Stage) -> Drawn:
-    """The rows in the stage's directory; the clock is the latest end, or what a session had spent when cut off."""
+    """The rows in the stage's directory; the clock is the latest end, or what was spent beyond it (`clock`)."""
     rows = records.read_samples(run.directory)
     latest = max((row.t_end for row in rows), default=0.0)
     return Drawn(len(rows), sum(row.token_count for row in rows), max(latest, float(run.notes.get("clock", 0.0))))
@@ -104,7 +109,7 @@ def _draw(
     prompt: Prompt,
     workers: int,
 ) -> Drawn:
-    from thinkfast.engine.sampling import SamplingParams
+    from thinkfast.engine.sampling import ERROR, SamplingParams
 
     tokenizer = load_tokenizer(model_dir)
     prompts = [render_prompt(tokenizer, problem.problem, prompt) for problem in problems]
@@ -117,7 +122,13 @@ def _draw(
     )
     place = {problem.id: index for index, problem in enumerate(problems)}
     before = _on_disk(run)
-    skip = frozenset((place[row.problem_id], row.sample_index) for row in records.read_samples(run.directory))
+    held = records.read_samples(run.directory)
+    skip = frozenset((place[row.problem_id], row.sample_index) for row in held)
+    votes = LiveVotes(len(problems), settings.stop_error) if settings.stop_error else None
+    if votes:
+        for earlier in held:
+            votes.count(place[earlier.problem_id], earlier.text)
+    over = votes.over if votes else set()
     tokens = before.tokens
 
     def row(problem: int, index: int, sample: Sample) -> SampleRow:
@@ -134,27 +145,57 @@ def _draw(
             model=name,
         )
 
-    here = _in_process(model_dir, prompts, params, settings, run)
-    there = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers)
+    here = _in_process(model_dir, prompts, params, settings, run, over)
+    there = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers, over)
     with there if workers else here as stream, _Writer(run, row, before.seconds) as writer:
+        _check_unchanged(model_dir, run)  # all have read it by now
         finished = stream(skip, before.seconds, settings.seconds)
+        failed: Counter[int] = Counter()
         for count, (problem, index, sample) in enumerate(finished, before.samples + 1):
+            if sample.finish_reason == ERROR:
+                failed[problem] += 1
+                continue
             writer.add(problem, index, sample)
+            if votes:
+                votes.count(problem, tokenizer.decode(list(sample.token_ids)))
             tokens += len(sample.token_ids)
             share = max(sample.t_end / settings.seconds, count / (settings.n * len(problems)))
-            update(min(share, 1.0), f"{count} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s")
+            words = f"{count - failed.total()} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s"
+            update(min(share, 1.0), words + (f", {failed.total()} failed: logits not finite" if failed else ""))
     if workers:
         run.note("slots", {"chosen": settings.slots[0]})
         run.note("engine", {"workers": workers, "threads": 1})
     del run.notes["clock"]
     drawn = _on_disk(run)
+    if failed:
+        run.note("failed", failed.total())
+    if failed and not drawn.samples:
+        raise records.Failed(f"{model_dir}: the logits of all {failed.total()} samples were not finite")
+    counts = Counter(row.problem_id for row in records.read_samples(run.directory))
+    if any(counts[p.id] + failed[at] < settings.n for at, p in enumerate(problems) if at not in over):
+        # The deadline ended it, perhaps between the last end and a start: no row tells that all of it was spent.
+        drawn = replace(drawn, seconds=max(drawn.seconds, settings.seconds))
+        run.note("clock", drawn.seconds)
     run.note("drawn", {"samples": drawn.samples, "tokens": drawn.tokens, "seconds": drawn.seconds})
+    if votes:
+        run.note("stopped", len(over))
     return drawn
+
+
+def _check_unchanged(model_dir: Path, run: records.Stage) -> None:
+    """Raises BadInput where the model is not what was hashed when the stage began."""
+    if records.hash_path(model_dir, records.MODEL_FILES) != run.record["inputs"]["model"]:
+        raise BadInput(f"{model_dir}: changed while it was being read, expected a model that stays as it is")
 
 
 @contextmanager
 def _in_process(
-    model_dir: Path, prompts: list[list[int]], params: SamplingParams, settings: SampleSettings, run: records.Stage
+    model_dir: Path,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    settings: SampleSettings,
+    run: records.Stage,
+    over: Collection[int],
 ) -> Iterator[cluster.Stream]:
     """One engine in this process, warm."""
     import torch
@@ -166,7 +207,7 @@ def _in_process(
     engine = Engine(model, slots=_slots(model, prompts, params, settings, run))
     run.note("engine", {"backend": engine.backend, "threads": torch.get_num_threads()})
     _trial(engine, prompts[:1], params, deadline=0.5)
-    yield lambda skip, clock, deadline: engine.stream(prompts, settings.n, params, deadline, skip, clock)
+    yield lambda skip, clock, deadline: engine.stream(prompts, settings.n, params, deadline, skip, clock, over)
 
 
 def _slots(
@@ -192,7 +233,7 @@ def _slots(
 def _trial(engine: Engine, prompts: list[list[int]], params: SamplingParams, deadline: float) -> float:
     """Tokens per second over `deadline` seconds of sampling, completions that were cut off included."""
     started = time.monotonic()
-    tokens = sum(len(sample.token_ids) for _, _, sample in engine.stream(prompts, 64, params, deadline=deadline))
+    tokens = sum(len(sample.token_ids) for _, _, sample in engine.stream(prompts, 64, params, deadline))
     return tokens / max(time.monotonic() - started, 1e-9)
 
 
