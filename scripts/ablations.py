@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--only", default="", help="names of students with commas, by default all")
     given = parser.parse_args()
     recipe, source, out = load_recipe(given.recipe), teacher_directory("bundled"), given.out
     stages = Stages(lambda line: print(line, flush=True))
@@ -93,6 +94,8 @@ def main() -> None:
         if recipe.base is not None:
             base = make_base(recipe.base, source, corpus, held_out, out / "base", stages, recipe.watch)
         for student in recipe.student:
+            if given.only and student.name not in given.only.split(","):
+                continue
             place, cache = out / student.name, out / f"{student.name}.json"
             mark = time.process_time()
             try:

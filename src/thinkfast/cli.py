@@ -19,6 +19,7 @@ from thinkfast.options import (
     Init,
     Json,
     Model,
+    OpenEnded,
     Out,
     Overrides,
     ProblemsFile,
@@ -151,10 +152,15 @@ def sample(
     shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    open_ended: OpenEnded = False,
     stop_error: Annotated[
         float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
     ] = None,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="auto, transformers, vllm, or an OpenAI-style http://… address.")
+    ] = "auto",
+    draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead, for few slots.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -166,7 +172,8 @@ def sample(
     values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
+    given = (asked, ray, skip_bad, not open_ended, backend, draft)
+    finish(pipeline.sample_files(models, problems, settings, out, *given), json_)
 
 
 @app.command()
@@ -197,6 +204,7 @@ def compare(
     rewards: Rewards = None,
     price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
     count: Annotated[list[str] | None, typer.Option(help="grading, rewards: their seconds are in the clock.")] = None,
+    open_ended: OpenEnded = False,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -206,7 +214,8 @@ def compare(
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price, count or [])
+    compare_them = spending.compare_rewards if open_ended else spending.compare_sources
+    document = compare_them(sources, problems, settings, out, rewards or [], price, count or [])
     print("\n".join(spending.in_words(document)))
     finish(document, json_)
 

@@ -31,7 +31,7 @@ def score_file(
     A step-wise score is folded by `how`; a verifier's is its total. Goes on where it was cut off. Returns how many rows
     there are and the seconds they took.
     """
-    problems, samples, _ = read_texts(source, problems_file)
+    problems, samples, _ = read_texts(source, problems_file, answers=False)
     settings = {"how": how, "layout": layout}
     inputs = {
         "reward model": records.hash_path(model),

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.prefill import Prefix, feed
-from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, prompt_key, sample_key
+from thinkfast.engine.prefill import Prefix, Shelf, feed
+from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, likeliest, prompt_key, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
 
 FLUSH_SECONDS = 0.025
+SHELF_BYTES = 1 << 26  # of prompts' states between requests
 PACE = 0.05  # weight of the newest step in the mean time of a step
 COMPLETE, CANCELLED, CLOSED = "complete", "cancelled", "closed"
 
@@ -126,7 +127,8 @@ class LiveEngine:
         """Tokens decoded, and those of them whose samples started anew."""
         self.broken: str | None = None
         config, room = engine.config, engine.plan(self.capacity, self.capacity, lazy=True)
-        self.slots, self._room = room.slots, room.kept
+        shelf = min(SHELF_BYTES, room.kept // 8)
+        self.slots, self._room, self._shelf = room.slots, room.kept - shelf, Shelf(shelf)
         self._memory = engine.open_memory(self.slots, self.capacity)
         self._vocab = config.vocab_size
         self._table = SlotTable(self.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
@@ -166,7 +168,9 @@ class LiveEngine:
         ticket = Ticket(self, request, listener)
 
         def enter() -> None:
-            ticket.prefix = next((t.prefix for t in self._live if t.request.prompt == request.prompt), ticket.prefix)
+            tokens = ticket.prefix.tokens
+            alike = next((t.prefix for t in self._live if t.prefix.tokens == tokens), None) or self._shelf.take(tokens)
+            ticket.prefix = alike or ticket.prefix
             self._live.append(ticket)
 
         self.command(enter)
@@ -205,6 +209,8 @@ class LiveEngine:
                 self._tell_piece(ticket, index, slot)
                 ticket.listener(Drawn(index, self._table.sample(slot, DEADLINE, now, ticket.submitted)))
             self._free(slot)
+        if ticket.prefix.ready and all(t.prefix is not ticket.prefix for t in self._live):
+            self._shelf.put(ticket.prefix)
         ticket.listener(Closed(reason))
 
     def end_sample(self, ticket: Ticket, index: int) -> None:
@@ -376,11 +382,7 @@ class LiveEngine:
             ticket = self._owner[slot]
             if ticket is None or not ticket.request.alternatives or tokens[at] < 0:
                 continue
-            row = logits[at].astype(np.float64)
-            row -= row.max()
-            row -= math.log(np.exp(row).sum())
-            best = np.argsort(-row, kind="stable")[: ticket.request.alternatives].tolist()
-            ticket.likely[self._table.pair[slot][1]].append(tuple((token, float(row[token])) for token in best))
+            ticket.likely[self._table.pair[slot][1]].append(likeliest(logits[at], ticket.request.alternatives))
 
 
 def _turn_of(ticket: Ticket, share: int) -> tuple[int, float, float]:

@@ -53,6 +53,27 @@ def feed(memory: Memory, prefixes: Iterable[Prefix]) -> None:
         prefix.kept = state
 
 
+class Shelf:
+    """States of prompts that nobody waits for any more, up to `limit` bytes, for whoever asks the same next."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes = limit, 0
+        self._held: dict[tuple[int, ...], Prefix] = {}  # the one used last at the end
+
+    def take(self, tokens: tuple[int, ...]) -> Prefix | None:
+        """The state behind these tokens, which leaves the shelf."""
+        prefix = self._held.pop(tokens, None)
+        self._bytes -= 0 if prefix is None else prefix.size
+        return prefix
+
+    def put(self, prefix: Prefix) -> None:
+        """Keeps a state that has been fed whole; those used longest ago make room for it."""
+        self.take(prefix.tokens)
+        self._held[prefix.tokens], self._bytes = prefix, self._bytes + prefix.size
+        while self._bytes > self._limit:
+            self.take(next(iter(self._held)))
+
+
 class Desk:
     """Lets the samples of a list of prompts into free slots, in rounds.
 

@@ -98,6 +98,15 @@ def _mix(keys: NDArray[np.uint64], counters: NDArray[np.uint64], step: np.uint64
     return mixed
 
 
+def likeliest(logits: NDArray[np.float32], n: int) -> tuple[tuple[int, float], ...]:
+    """The n likeliest tokens of a row of logits (vocab,) and their log-probabilities, the likeliest first."""
+    row = logits.astype(np.float64)
+    row -= row.max()
+    row -= math.log(np.exp(row).sum())
+    best = np.argsort(-row, kind="stable")[:n].tolist()
+    return tuple((token, float(row[token])) for token in best)
+
+
 def draw(
     logits: NDArray[np.float32], keys: NDArray[np.uint64], counters: NDArray[np.int64], params: SamplingParams
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:

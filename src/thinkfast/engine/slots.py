@@ -33,17 +33,18 @@ class Rounds:
         return self
 
     def __next__(self) -> tuple[int, int]:
-        while self._next is not None and self._next[0] in self._dropped:
-            self._next = next(self._pairs, None)
-        if self._next is None:
+        pair = self.head
+        if pair is None:
             raise StopIteration
-        pair, self._next = self._next, next(self._pairs, None)
+        self._next = next(self._pairs, None)
         self._left[pair[0]] -= 1
         return pair
 
     @property
     def head(self) -> tuple[int, int] | None:
         """The pair that comes next."""
+        while self._next is not None and self._next[0] in self._dropped:
+            self._next = next(self._pairs, None)
         return self._next
 
     def left(self, prompt: int) -> int:

@@ -154,14 +154,14 @@ def downloads(run: Run) -> dict[str, Markup]:
     rows = [
         {"axis": axis, "x": float(x[i]), "model": model, "measure": metric}
         | {name: getattr(curve, name)[i] for name in ("mean", "low", "high")}
-        | {"samples": table[model].samples[i] if table[model].samples else None}
+        | {"samples": samples[i] if samples else None}
         for axis, table, x in (
             ("seconds", run.curves.by_time, run.curves.seconds),
             ("k", run.curves.by_k, run.curves.k),
         )
         for model in run.curves.models
         for metric in run.curves.metrics(table)
-        for curve in [table[model].metric(metric)]
+        for curve, samples in [(table[model].metric(metric), table[model].samples)]
         for i in range(len(x))
     ]
     kinds = dict.fromkeys(("x", "mean", "low", "high", "samples"), pyarrow.float64())
