@@ -105,6 +105,9 @@ class Bench(Section):
 
     batches: tuple[Count, ...] = ()
     contexts: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 128, 256, 512, 1000)
+    backends: Annotated[tuple[str, ...], Field(min_length=1)] = ("auto",)
+    shared: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    prompts: tuple[Count, ...] = ()
 
 
 class Grid(Section):
