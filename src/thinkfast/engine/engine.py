@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from thinkfast.engine.backends import Backend, Memory, open_backend
+from thinkfast.engine.backends import Backend, Memory, decode, open_backend
 from thinkfast.engine.prefill import Desk
 from thinkfast.engine.room import HISTORY_BYTES, Plan, kept_bytes, machine_bytes, plan
 from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams
@@ -176,10 +176,10 @@ class Engine:
                         yield *table.pair[slot], table.sample(slot, DEADLINE, now)
                     return
                 if len(rows):
-                    finished = table.advance(rows, *memory.step(table, rows))
-                    now = clock()
-                    for done in finished:
-                        yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
+                    for finished in decode(memory, table, rows, until - now):
+                        now = clock()
+                        for done in finished:
+                            yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
                 elif desk.done:
                     return
         finally:
