@@ -24,4 +24,4 @@ if [ "$step" = all ]; then
 fi
 export PYTHONPATH="$here/../src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 case " $* " in *" --dry "*) command -v nvidia-smi >/dev/null || export TRITON_INTERPRET=1 ;; esac
-exec timeout 530 "${PYTHON:-python3}" "$here/gpu.py" "$step" --out "${OUT:-$here/results/gpu}" "$@"
+exec timeout 530 "${PYTHON:-python3}" "$here/gpu/main.py" "$step" --out "${OUT:-$here/results/gpu}" "$@"
