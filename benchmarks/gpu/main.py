@@ -18,7 +18,7 @@ UNFINISHED = 75
 
 ABOUT = {
     "correctness": "largest relative error (2-norm) of each kernel against float64; counts of differing samples",
-    "decoding": f"decoded tokens/s of thinkfast's engine in bfloat16, prompts of {PROMPT} tokens for {SHARING} samples; "
+    "decoding": f"tokens/s of thinkfast's engine in bfloat16, prompts of {PROMPT} tokens for {SHARING} samples; "
     "steps timed at four places over the generated range, not every step of it; prefill apart",
     "stock": f"tokens/s of whole `transformers` generate calls, {PROMPT}-token prompts, static cache, compiled",
     "train": "seconds of the state-space scan of one layer, float32 in and out",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from thinkfast.engine.gpu import AHEAD, GpuBackend
 from thinkfast.engine.sampling import Sample, SamplingParams, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
-from thinkfast.model.config import MambaConfig
+from thinkfast.model.config import DISCRETE, MambaConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 A, M = "attention", "mamba"
@@ -131,7 +133,7 @@ def test_by_name(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mixer_without_a_kernel_is_refused_by_name(make_model) -> None:
-    model = make_model("discrete").to(DEVICE)
+    model = make_model("pure", mamba=MambaConfig(4, 8, 16, 4, kind=DISCRETE)).to(DEVICE)
     with pytest.raises(BadInput, match="backend 'triton': there is no kernel for DiscreteMamba2"):
         open_backend(model, "triton")
 
@@ -143,8 +145,8 @@ def test_bursts_end_with_what_the_rows_need_and_with_the_time(small) -> None:
     memory.fork(memory.prefill([[]])[0], 0)
     table.admit(0, (0, 0), 6, 0, 0, 0.0)
     rows = np.zeros(1, np.int32)
-    tokens, _ = memory.ahead(table, rows, 0.0)
-    assert len(tokens) == 3  # nothing is known of the pace yet
+    assert len(memory.ahead(table, rows, math.inf)[0]) == 1  # nothing is known of the pace yet
+    assert len(memory.ahead(table, rows, math.inf)[0]) == 3
     assert len(memory.ahead(table, rows, 0.0)[0]) == 1
 
 

@@ -137,6 +137,8 @@ class GpuMemory:
         self._rows: dict[int, _Rows] = {}
         self._pace = 0.0
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        # One room for all graphs: they never run at the same time, and what they leave is copied out.
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
@@ -162,6 +164,7 @@ class GpuMemory:
         if not (self._prompt == old).any():
             self._prompts.pop(old, None)
 
+    @torch.inference_mode()
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
         """Feeds the tokens of the slots in `rows` and draws the next ones; -1 where the logits are not finite."""
         if logits is not None:
@@ -284,7 +287,7 @@ class GpuMemory:
             self._draw(held, cut)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._draw(held, cut)
         held.numbers.copy_(numbers)
         held.tick.zero_()
@@ -302,7 +305,6 @@ class GpuMemory:
             held[name].add_(1)
         held.tick.add_(1)
 
-    @torch.inference_mode()
     def _compute(self, held: _Rows) -> Tensor:
         """Logits (rows, vocab) of the next tokens; keys, values and states are brought up to date."""
         model, eps = self.backend.model, self.backend.model.config.rms_norm_eps
