@@ -23,8 +23,9 @@ Result = tuple[int, int, Sample]
 class Engine:
     """Draws samples from a decoder.
 
-    slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "triton" (GPUs), "torch", or "auto", the
-    first that can be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's dtype in torch.
+    slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "triton" (GPUs), "torch", or "auto",
+    the first that can be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's
+    dtype in the others.
     memory: bytes for states, keys and values, weights not counted; of the slots as many are used as fit, and prompts
     whose states do not fit are fed again. Without it, slots that exceed the machine's memory are refused.
     draft: a smaller model of the same vocabulary that guesses tokens ahead, for few slots (`speculative.py`); samples
@@ -58,7 +59,7 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """The name of what computes: "native", "torch" or "speculative"."""
+        """The name of what computes: "native", "triton", "torch" or "speculative"."""
         return self._backend.name
 
     def sample(
