@@ -51,8 +51,8 @@ class Engine:
         self.slots = slots
         self._budget, self._device = memory, model.embed_tokens.weight.device
         opened: Backend = open_backend(model, "torch" if draft and backend == "auto" else backend, kv_dtype)
-        if draft is not None and opened.name == "native":
-            raise BadInput("backend is 'native', expected 'auto' or 'torch' with a draft")
+        if draft is not None and opened.name != "torch":
+            raise BadInput(f"backend is {opened.name!r}, expected 'auto' or 'torch' with a draft")
         self._backend = opened if draft is None else SpeculativeBackend(model, draft, kv_dtype)
         self._configs = [model.config] if draft is None else [model.config, draft.config]
         self._memory: Memory | None = None
