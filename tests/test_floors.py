@@ -16,6 +16,7 @@ FLOORS = {
     "report": 5,
     "serve": 5,
     "results": 5,
+    "ranking": 6,
     "rewards": 6,
     "spending": 6,
     "doctor": 5,

@@ -116,6 +116,24 @@ def distill(
     finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out, print, watch, compute), json_)
 
 
+@app.command(name="rank-layers")
+def rank_layers(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: its teacher, corpus, base and distillation.")],
+    out: Annotated[Path, typer.Argument(help="A directory: ranking.json and what it was measured on go there.")],
+    method: Annotated[str, typer.Option(help="uniform, kl, kl-trained or answers.")] = "kl",
+    overrides: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Rank which layers should stay attention; students read it with ranking = ".../ranking.json" and keep = 1."""
+    from thinkfast import ranking
+    from thinkfast.recipe import load_recipe
+
+    document = ranking.rank_layers(load_recipe(recipe, overrides or []), method, out)
+    for keep, layers in document["choices"].items():
+        print(f"keep {keep}: layers {', '.join(map(str, layers))}")
+    finish(document, json_)
+
+
 @app.command()
 def sample(
     models: Annotated[list[Path], typer.Argument(help="Stock model directories, or 'bundled'; one after the other.")],

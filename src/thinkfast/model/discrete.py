@@ -84,8 +84,11 @@ class DiscreteMamba2(StateMixer):
         shape, hidden = required(config), config.hidden_size
         wide, narrow = shape.d_inner * hidden, shape.n_groups * shape.d_state * hidden
         return {
-            "in_proj.weight[x]": (wide, COPIED, "v_proj"),
-            "in_proj.weight[B]": (narrow, COPIED, "k_proj"),
+            "in_proj.weight[x]": (
+                wide,
+                *((INITIALISED, "v_proj, attention output") if calibrated else (COPIED, "v_proj")),
+            ),
+            "in_proj.weight[B]": (narrow, INITIALISED if calibrated else COPIED, "k_proj"),
             "in_proj.weight[C]": (narrow, INITIALISED, "q_proj"),
             "in_proj.weight[z]": (wide, NEW, ""),
             "in_proj.weight[a]": (shape.n_heads * hidden, *(FITTED if calibrated else (NEW, ""))),
@@ -93,18 +96,16 @@ class DiscreteMamba2(StateMixer):
             "conv1d.weight": (shape.conv_dim * shape.d_conv, NEW, ""),
             "conv1d.bias": (shape.conv_dim, NEW, ""),
             "D": (shape.n_heads, NEW, ""),
-            "out_proj.weight": (
-                wide,
-                *((INITIALISED, "o_proj, attention output") if calibrated else (COPIED, "o_proj")),
-            ),
+            "out_proj.weight": (wide, COPIED, "o_proj"),
         }
 
     def start(self, attention: Attention, norm_weight: Tensor, trace: Trace | None) -> None:
         """Starts as linear attention with a decay: x, B, C from V, K, Q, the convolution the identity, the gate open.
 
         Without a bias on `a` a decay that does not depend on the input is a least squares fit on the traced inputs:
-        half-lives as in `half_lives`; without a trace it is exp(-softplus(0)) = 1/2 a token. out_proj takes the least
-        squares factor from this output to the attention's, channel by channel.
+        half-lives as in `half_lives`; without a trace it is exp(-softplus(0)) = 1/2 a token. x takes the least squares
+        factor from this output to the attention's, channel by channel; what is common to a head is shared out evenly
+        over x, B and C, so that one learning rate suits all of them.
         """
         shape = self.shape
         x, B, C, z, a = torch.split(self.in_proj.weight, [shape.d_inner] * 4 + [shape.n_heads])
@@ -124,4 +125,9 @@ class DiscreteMamba2(StateMixer):
         self.out_proj.weight.copy_(attention.o_proj.weight)
         if trace is not None:
             a.copy_(constant_row(trace[0], torch.log(torch.expm1(math.log(2) / half_lives(shape.n_heads)))))
-            self.out_proj.weight.mul_(channel_factors(self, trace))
+            factors = channel_factors(self, trace)
+            third = channel_factors(self, trace, shape.head_dim).abs() ** (1 / 3)
+            scales = torch.cat((factors / third**2, third, third))
+            self.in_proj.weight[: shape.conv_dim].mul_(scales[:, None])
+            if self.conv1d.bias is not None:
+                self.conv1d.bias.mul_(scales)

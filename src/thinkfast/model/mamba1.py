@@ -110,10 +110,10 @@ class Mamba1(StateMixer):
         inner, rank = shape.d_inner, -(-hidden // RANK_SHARE)
         narrow = shape.n_groups * shape.head_dim * hidden
         return {
-            "in_proj_x.weight": (narrow, COPIED, "v_proj"),
+            "in_proj_x.weight": (narrow, INITIALISED if calibrated else COPIED, "v_proj"),
             "in_proj_z.weight": (inner * hidden, *(FITTED if calibrated else (NEW, ""))),
             "B_proj.weight": (narrow, INITIALISED, "k_proj"),
-            "C_proj.weight": (inner * hidden, INITIALISED, "q_proj"),
+            "C_proj.weight": (inner * hidden, INITIALISED, "q_proj, attention output" if calibrated else "q_proj"),
             "dt_proj_down.weight": (rank * hidden, NEW, ""),
             "dt_proj.weight": (rank * inner, NEW, ""),
             "dt_proj.bias": (inner, NEW, ""),
@@ -121,18 +121,19 @@ class Mamba1(StateMixer):
             "conv1d.bias": (inner, NEW, ""),
             "A_log": (inner * shape.d_state, NEW, ""),
             "D": (inner, NEW, ""),
-            "out_proj.weight": (inner * hidden, INITIALISED, "o_proj, attention output" if calibrated else "o_proj"),
+            "out_proj.weight": (inner * hidden, COPIED, "o_proj"),
         }
 
     def start(self, attention: Attention, norm_weight: Tensor, trace: Trace | None) -> None:
         """Starts near linear attention with heads of N channels: x, B, C from V, K, Q, dt 0.5, D 0.
 
-        The convolution only scales, as in `Mamba2.start`; what it and dt take away is given back to B, C and out_proj
-        in equal parts. Half-lives are spaced geometrically over the heads, the same for all of a channel's state. The
-        gate is open where there is a trace, and out_proj then takes the least squares factor to the attention's output.
+        The convolution only scales, as in `Mamba2.start`; what it and dt take away is given back to B and C. Half-lives
+        are spaced geometrically over the heads, the same for all of a channel's state. The gate is open where there is
+        a trace, and C then takes the least squares factor to the attention's output, group by group; what is common to
+        all is shared out evenly over x, B and C, so that one learning rate suits all of them.
         """
         shape = self.shape
-        part = (2 / (CONV_GAIN * DT)) ** (1 / 3)
+        part = (2 / (CONV_GAIN * DT)) ** 0.5
         (value, bias), keys, queries = attention_rows(attention, norm_weight, trace)
         self.in_proj_x.weight.copy_(value)
         self.B_proj.weight.copy_(keys[0] * part)
@@ -147,9 +148,14 @@ class Mamba1(StateMixer):
         rates = torch.log(math.log(2) / (DT * half_lives(shape.n_heads)))
         self.A_log.copy_(rates.repeat_interleave(shape.head_dim)[:, None].expand_as(self.A_log))
         self.D.zero_()
-        self.out_proj.weight.copy_(attention.o_proj.weight * part)
+        self.out_proj.weight.copy_(attention.o_proj.weight)
         if trace is None:
             self.in_proj_z.weight.normal_(std=SMALL)
         else:
             self.in_proj_z.weight.copy_(open_gate(trace[0]).expand_as(self.in_proj_z.weight))
-            self.out_proj.weight.mul_(channel_factors(self, trace))
+            factors = channel_factors(self, trace, shape.d_state)
+            third = factors.abs().mean() ** (1 / 3)
+            for weight, factor in ((self.in_proj_x, third), (self.B_proj, third), (self.C_proj, factors / third**2)):
+                weight.weight.mul_(factor if factor.ndim == 0 else factor[:, None])
+            if self.conv1d.bias is not None:
+                self.conv1d.bias.mul_(third)

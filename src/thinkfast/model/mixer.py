@@ -177,15 +177,17 @@ def open_gate(u: Tensor) -> Tensor:
     return constant_row(u, GATE_ONE)
 
 
-def channel_factors(mixer: StateMixer, trace: Trace) -> Tensor:
+def channel_factors(mixer: StateMixer, trace: Trace, size: int = 1) -> Tensor:
     """The least squares factor (H * P,) from what the mixer hands to out_proj to what the attention handed to o_proj,
-    channel by channel."""
+    the same for `size` consecutive channels."""
     u, wanted = trace
     seen: list[Tensor] = []
     with mixer.out_proj.register_forward_pre_hook(partial(keep_input, seen)):
         mixer(u)
     made = seen[0].float()
-    return (made * wanted).sum((0, 1)) / made.pow(2).sum((0, 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    above = (made * wanted).sum((0, 1)).view(-1, size).sum(1)
+    below = made.pow(2).sum((0, 1)).view(-1, size).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (above / below).repeat_interleave(size)
 
 
 def keep_input(seen: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
