@@ -5,7 +5,7 @@ COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-scale compat llama harness load package docs clean
+.PHONY: help demo test lint types bench bench-scale compat llama llamba harness load package docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -39,6 +39,12 @@ llama: $(VENV)/.dev-installed  ## exports in llama.cpp itself, which is compiled
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[llama]"
 	$(BIN)/pytest -m llama tests/export
 
+llamba: $(VENV)/.dev-installed  ## Llamba checkpoints in their public implementation (cartesia-mlx, on mlx for CPUs)
+	test -x .venv-llamba/bin/python || $(PYTHON) -m venv .venv-llamba
+	.venv-llamba/bin/python -m pip install -q "mlx[cpu]" transformers requests
+	.venv-llamba/bin/python -m pip install -q --no-deps cartesia-mlx==0.0.2
+	THINKFAST_LLAMBA=.venv-llamba/bin/python $(BIN)/pytest -m llamba tests/model
+
 harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on transformers: same scores
 	test -x .venv-harness/bin/python || $(PYTHON) -m venv .venv-harness
 	.venv-harness/bin/python -m pip install -q "$(TORCH)"
@@ -60,7 +66,7 @@ docs: $(VENV)/.dev-installed  ## the documentation site in site/
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what make and the tests wrote, but no runs
-	rm -rf $(VENV) .venv-compat .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-compat .venv-llamba .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in before whatever depends on it, so that a build chosen by TORCH or by pip's settings stays.

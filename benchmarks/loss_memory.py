@@ -59,7 +59,7 @@ def measure(path: str, tokens: int, vocab: int, hidden: int, repeats: int) -> di
 
 
 def main() -> None:
-    """Measures every path and writes the document."""
+    """Measure every arm in a process of its own; print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=128_256)

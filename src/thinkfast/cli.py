@@ -19,9 +19,11 @@ from thinkfast.options import (
     Init,
     Json,
     Model,
+    OpenEnded,
     Out,
     Overrides,
     ProblemsFile,
+    Reward,
     Rewards,
     Seed,
     Source,
@@ -150,7 +152,15 @@ def sample(
     shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    open_ended: OpenEnded = False,
+    stop_error: Annotated[
+        float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
+    ] = None,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="auto, transformers, vllm, or an OpenAI-style http://… address.")
+    ] = "auto",
+    draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead, for few slots.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -159,10 +169,11 @@ def sample(
     from thinkfast.recipe import SampleSettings, section
 
     values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "seed": seed}
+    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
+    given = (asked, ray, skip_bad, not open_ended, backend, draft)
+    finish(pipeline.sample_files(models, problems, settings, out, *given), json_)
 
 
 @app.command()
@@ -192,6 +203,8 @@ def compare(
     points: Annotated[int, typer.Option(help="Points between them.")] = 40,
     rewards: Rewards = None,
     price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
+    count: Annotated[list[str] | None, typer.Option(help="grading, rewards: their seconds are in the clock.")] = None,
+    open_ended: OpenEnded = False,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -201,7 +214,8 @@ def compare(
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price)
+    compare_them = spending.compare_rewards if open_ended else spending.compare_sources
+    document = compare_them(sources, problems, settings, out, rewards or [], price, count or [])
     print("\n".join(spending.in_words(document)))
     finish(document, json_)
 
@@ -270,7 +284,10 @@ def solve(
     ] = None,
     budget: Annotated[str, typer.Option(help="Time for each problem, e.g. 5s or 500ms.")] = "5s",
     problems: Annotated[Path | None, typer.Option(help="JSONL rows with problem, or a .txt of lines.")] = None,
-    strategy: Annotated[str, typer.Option(help="majority, adaptive, best_of_n or weighted.")] = "majority",
+    strategy: Annotated[
+        str | None, typer.Option(help="majority, adaptive, best_of_n, or weighted (the default with --reward).")
+    ] = None,
+    reward: Reward = None,
     n: Annotated[int, typer.Option(min=1, help="Chains of thought a problem, at most.")] = 256,
     temperature: float = 0.8,
     slots: Annotated[int, typer.Option(help="Chains decoded at once.")] = 64,
@@ -281,7 +298,7 @@ def solve(
     from thinkfast import stages
     from thinkfast.serve import terminal
 
-    settings = terminal.settings(budget, strategy, n, temperature, slots, seed)
+    settings = terminal.settings(budget, strategy, n, temperature, slots, seed, reward)
     texts = terminal.read_texts(problem, problems)
     found = terminal.solve_texts(stages.teacher_directory(str(model)), texts, settings)
     finish(found[0] if problem not in (None, "-") else found, json_)
@@ -299,6 +316,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 4096,
     max_n: Annotated[int, typer.Option(min=1, help="Choices of a request.")] = 64,
     max_budget: Annotated[str, typer.Option(help="Longest time of a request.")] = "60s",
+    reward: Reward = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
     """Serve models in OpenAI's protocol, with time budgets, and a page at /."""
@@ -307,7 +325,7 @@ def serve(
 
     limits = launch.limits(max_prompt, max_tokens, max_n, max_budget, queue)
     directories = [stages.teacher_directory(str(model)) for model in models]
-    launch.serve_models(directories, host, port, slots, limits, keys, log_prompts)
+    launch.serve_models(directories, host, port, slots, limits, keys, reward, log_prompts)
 
 
 @app.command()

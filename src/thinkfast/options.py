@@ -21,7 +21,11 @@ Init = Annotated[str, typer.Option(help="New mixers start from 'attention' or 'r
 Seed = Annotated[int, typer.Option(help="Fixes every random number.")]
 Source = Annotated[Path, typer.Argument(help="A directory of samples, or JSONL with problem, answer, completions.")]
 Sources = Annotated[list[Path], typer.Argument(help="Directories of samples, or JSONL with completions.")]
+Reward = Annotated[
+    Path | None, typer.Option("--reward", help="A verifier of train-reward, or a published reward model.")
+]
 Rewards = Annotated[list[Path] | None, typer.Option("--rewards", help="Rewards of the sources, in their order.")]
+OpenEnded = Annotated[bool, typer.Option("--open-ended", help="Prompts without a right answer.")]
 ProblemsFile = Annotated[Path | None, typer.Option("--problems", help="What a directory of samples answers.")]
 
 

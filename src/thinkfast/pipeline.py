@@ -11,7 +11,7 @@ from typing import Any
 
 from thinkfast import progress, ranks, records, results
 from thinkfast.data.chat import PROMPTS, Prompt, named_prompt
-from thinkfast.data.problems import Problem
+from thinkfast.data.problems import Problem, refuse
 from thinkfast.data.sets import open_problems
 from thinkfast.errors import BadInput
 from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Teacher, Text, dump_recipe, load_recipe
@@ -206,19 +206,28 @@ def sample_files(
     prompt: Prompt = PROMPTS["plain"],
     workers: int = 0,
     skip_bad: bool = False,
+    answers: bool = True,
+    backend: str = "auto",
+    draft: Path | None = None,
 ) -> dict[str, Any]:
-    """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`."""
+    """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`.
+
+    answers: False for prompts that have no right answer.
+    """
     from thinkfast.scale.sample import sample_model
 
     told: dict[str, Any] = {}
     directories = {path.resolve().name: path for path in (teacher_directory(str(model)) for model in models)}
     if len(directories) < len(models):
         raise BadInput(f"{', '.join(map(str, models))}: two models have one name")
-    asked = open_problems(problems, lambda line: print(line, file=sys.stderr)) if skip_bad else open_problems(problems)
+    complain = (lambda line: print(line, file=sys.stderr)) if skip_bad else refuse
+    asked = open_problems(problems, complain, answers)
     for name, directory in directories.items():
         place = out / name if len(models) > 1 else out
         with progress.bar(f"{name}: sample", 1.0) as update:
-            drawn = sample_model(directory, asked, settings, place, None, update, prompt, workers)
+            guesses = None if draft is None else teacher_directory(str(draft))
+            given = (update, prompt, workers, backend, guesses)
+            drawn = sample_model(directory, asked, settings, place, None, *given)
         words = f"{drawn.samples:,} samples in {drawn.seconds:.1f} s of clock, {drawn.tokens_per_second:,.0f} tokens/s"
         print(words if len(models) == 1 else f"{name}: {words}")
         told[name] = {**asdict(drawn), "tokens_per_second": drawn.tokens_per_second}

@@ -86,7 +86,8 @@ class Text(Section):
 
 
 class SampleSettings(Section):
-    """How every model draws its samples. `slots`: completions decoded at once, the fastest of several."""
+    """How every model draws its samples. `slots`: completions decoded at once, the fastest of several. `stop_error`: a
+    problem whose vote is decided with at most this error gets no further sample; absent, all get the same."""
 
     n: Count = 64
     seconds: Positive = 60.0
@@ -96,6 +97,7 @@ class SampleSettings(Section):
     max_tokens: Count = 512
     slots: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)
     trial_seconds: Positive = 1.0
+    stop_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Seed = 0
 
 

@@ -1,9 +1,12 @@
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from thinkfast.engine import engine as engine_module
 from thinkfast.engine.engine import Engine
 from thinkfast.engine.sampling import Sample, SamplingParams
 from thinkfast.errors import BadInput
@@ -94,9 +97,9 @@ def test_each_prompt_is_prefilled_once_and_forgotten(make_model: Callable[..., D
     fed: list[tuple[int, ...]] = []
     prefill = memory.prefill
 
-    def counted(prompts: list[tuple[int, ...]]) -> object:
+    def counted(prompts: list[tuple[int, ...]], behind: object) -> object:
         fed.extend(prompts)
-        return prefill(prompts)
+        return prefill(prompts, behind)
 
     memory.prefill = counted
     engine.sample(PROMPTS, 4, PARAMS)
@@ -112,14 +115,18 @@ def test_the_clock_starts_where_it_is_told(make_model: Callable[..., Decoder]) -
     assert list(engine.stream([[1, 2]], 2, PARAMS, deadline=99.0, clock_start=100.0)) == []
 
 
-def test_a_deadline_ends_running_samples(make_model: Callable[..., Decoder], backend: str) -> None:
+def test_a_deadline_ends_running_samples(
+    make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     model = make_model("attention", max_position_embeddings=100_000)
     engine = Engine(model, slots=2, backend=backend)
     params = SamplingParams(max_tokens=5000, temperature=1.0, ignore_eos=True)
     free = tokens(engine.sample([[1, 2]], 1, SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True)))[0][0]
+    now = iter(range(10**6))  # thousandths of a second, one each time anyone looks
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: next(now) / 1000))
     streamed = list(engine.stream([[1, 2], [3], [4]], 2, params, deadline=0.05))
     assert [(p, j, s.finish_reason) for p, j, s in streamed] == [(0, 0, "deadline"), (1, 0, "deadline")]
-    assert all(0.05 <= s.t_end < 0.5 and 0 < len(s.token_ids) < 5000 for _, _, s in streamed)
+    assert all(0.05 <= s.t_end < 0.06 and 0 < len(s.token_ids) < 5000 for _, _, s in streamed)
     shared = min(20, len(streamed[0][2].token_ids))
     assert streamed[0][2].token_ids[:shared] == free[:shared]
     table = engine.sample([[1, 2], [3], [4]], 2, params, deadline=0.05)
@@ -147,6 +154,23 @@ def test_stop_sequences_and_end_of_sequence(make_model: Callable[..., Decoder], 
                     break
             assert (sample.token_ids, sample.finish_reason) == (ids[:end], reason)
     assert len(cut[0][0].token_ids) <= 12
+
+
+def test_log_probabilities_on_request(make_model: Callable[..., Decoder], backend: str) -> None:
+    model = make_model("hybrid")
+    engine = Engine(model, slots=3, backend=backend, kv_dtype="float32")
+    plain = engine.sample(PROMPTS, 2, PARAMS)
+    asked = engine.sample(PROMPTS, 2, replace(PARAMS, logprobs=True))
+    assert tokens(asked) == tokens(plain)
+    for prompt, row, without in zip(PROMPTS, asked, plain, strict=True):
+        for sample, bare in zip(row, without, strict=True):
+            assert bare.logprobs == ()
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *sample.token_ids]]))[0].log_softmax(-1)
+            want = [float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(sample.token_ids)]
+            assert sample.logprobs == pytest.approx(want, rel=1e-3, abs=1e-4)
+            ended = float(logits[-1, 3]) if sample.finish_reason == "stop" else 0.0
+            assert sum(sample.logprobs) + ended == pytest.approx(sample.logprob_sum, rel=1e-3, abs=1e-3)
 
 
 def test_an_abandoned_stream_leaves_the_engine_whole(make_model: Callable[..., Decoder], backend: str) -> None:

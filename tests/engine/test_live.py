@@ -1,5 +1,6 @@
 """The engine for many requests at once, against `Engine.sample` and under pressure."""
 
+import itertools
 import queue
 import threading
 import time
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.live import Closed, Drawn, Event, LiveEngine, Piece, Request
+from thinkfast.engine.live import Closed, Drawn, Event, LiveEngine, Piece, Request, Ticket
 from thinkfast.engine.sampling import SamplingParams
 from thinkfast.errors import BadInput
 from thinkfast.model.decoder import Decoder
@@ -32,13 +33,35 @@ def open_engine(make_model: Callable[..., Decoder]) -> Iterator[Open]:
         engine.close()
 
 
+class Clock:
+    """Time for the engine that goes on by a thousandth of a second whenever it is read, however fast the machine is."""
+
+    def __init__(self) -> None:
+        self._ticks = itertools.count()
+
+    def monotonic(self) -> float:
+        return next(self._ticks) / 1000
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("thinkfast.engine.live.time", made)
+    return made
+
+
+def together(live: LiveEngine, *requests: tuple[Request, Callable[[Event], None]]) -> None:
+    """Submits requests so that the engine sees them all at the same step."""
+    live.command(lambda: [live.submit(request, listener) for request, listener in requests] and None)
+
+
 class Caller:
     """Collects what it is told."""
 
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    def wait(self, seconds: float = 60.0) -> tuple[list[Event], str]:
+    def wait(self, seconds: float = 120.0) -> tuple[list[Event], str]:
         events: list[Event] = []
         until = time.monotonic() + seconds
         while True:
@@ -82,15 +105,24 @@ def test_requests_together_get_what_each_gets_alone(
 def test_a_newcomer_takes_its_share_and_nothing_is_lost(open_engine: Open, make_model: Callable[..., Decoder]) -> None:
     live = open_engine("pure", 8)
     first, second = Caller(), Caller()
-    live.submit(Request((1, 2), LONG, 16), first.inbox.put)
-    while live.running < 8:
-        time.sleep(0.001)
-    started = live.tokens
     brief = SamplingParams(max_tokens=5, temperature=1.0, ignore_eos=True)
-    live.submit(Request((3,), brief, 4), second.inbox.put)
+    counts: list[int] = []
+
+    def newcomer(event: Event) -> None:
+        if isinstance(event, Closed):
+            counts.append(live.tokens)
+        second.inbox.put(event)
+
+    def in_the_middle(event: Event) -> None:
+        if isinstance(event, Closed):
+            counts.append(live.tokens)
+            live.submit(Request((3,), brief, 4), newcomer)
+
+    twenty = SamplingParams(max_tokens=20, ignore_eos=True)
+    together(live, (Request((1, 2), LONG, 16), first.inbox.put), (Request((4,), twenty, 1), in_the_middle))
     events, reason = second.wait()
     assert reason == "complete"
-    assert live.tokens - started < 8 * 100, "it did not wait for a sample of 200 tokens to end"
+    assert counts[1] - counts[0] < 8 * 100, "it did not wait for a sample of 200 tokens to end"
     assert len(samples(events)) == 4
     events, reason = first.wait()
     assert reason == "complete"
@@ -99,15 +131,37 @@ def test_a_newcomer_takes_its_share_and_nothing_is_lost(open_engine: Open, make_
     assert samples(events) == {index: sample.token_ids for index, sample in enumerate(want)}
 
 
-def test_deadlines_hand_over_what_there_is(open_engine: Open) -> None:
+def test_requests_get_the_same_share(open_engine: Open) -> None:
+    """Four requests whose samples have different lengths, until the first of them is done."""
+    live = open_engine("pure", 8)
+    tickets: list[Ticket] = []
+    tokens: list[int] = []
+    done = threading.Event()
+
+    def told(event: Event) -> None:
+        if isinstance(event, Closed) and not done.is_set():
+            tokens.extend(ticket.tokens for ticket in tickets)
+            done.set()
+
+    def enter() -> None:
+        for prompt, length in enumerate((7, 20, 45, 60), 1):
+            params = SamplingParams(max_tokens=length, ignore_eos=True)
+            tickets.append(live.submit(Request((prompt,), params, 4000 // length), told))
+
+    live.command(enter)
+    assert done.wait(120)
+    assert max(tokens) <= 1.1 * min(tokens)
+
+
+def test_deadlines_hand_over_what_there_is(open_engine: Open, clock: Clock) -> None:
     live = open_engine("attention", 2)
     caller = Caller()
-    asked = time.monotonic()
-    live.submit(Request((1,), LONG, 500, deadline=asked + 0.4), caller.inbox.put)
+    asked = clock.monotonic()
+    live.submit(Request((1,), LONG, 500, deadline=asked + 4.0), caller.inbox.put)
     events, reason = caller.wait()
-    took = time.monotonic() - asked
+    took = clock.monotonic() - asked
     assert reason == "deadline"
-    assert 0.39 < took < 3.0
+    assert 4.0 <= took < 4.1
     ends = [event.sample.finish_reason for event in events if isinstance(event, Drawn)]
     assert ends.count("deadline") <= 2
     assert set(ends) <= {"deadline", "length"}
@@ -131,22 +185,23 @@ def test_the_earliest_deadline_is_served_first(open_engine: Open) -> None:
 
     now = time.monotonic()
     params = SamplingParams(max_tokens=50, ignore_eos=True)
-    for name, seconds in (("blocks", 1.0), ("late", 900.0), ("soon", 300.0), ("middle", 600.0)):
-        live.submit(Request((1,), params, 1, deadline=now + seconds + 100), told(name))
-    assert done.wait(60)
+    asked = (("blocks", 1.0), ("late", 900.0), ("soon", 300.0), ("middle", 600.0))
+    together(live, *((Request((1,), params, 1, deadline=now + seconds + 1000), told(name)) for name, seconds in asked))
+    assert done.wait(120)
     assert order == ["blocks", "soon", "middle", "late"]
 
 
-def test_no_sample_is_started_that_cannot_end(open_engine: Open) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_sample_is_started_that_cannot_end(open_engine: Open, clock: Clock, whole: bool) -> None:
     live = open_engine("pure", 2)
     caller = Caller()
-    params = SamplingParams(max_tokens=200, ignore_eos=True)
-    live.submit(Request((1,), params, 100000, deadline=time.monotonic() + 1.0, whole=True), caller.inbox.put)
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    live.submit(Request((1,), params, 100000, clock.monotonic() + 2.0, whole=whole), caller.inbox.put)
     events, reason = caller.wait()
     assert reason == "deadline"
     ends = [event.sample.finish_reason for event in events if isinstance(event, Drawn)]
-    assert ends.count("deadline") <= 2
-    assert ends.count("length") > 0
+    assert ends.count("length") > 2
+    assert ends.count("deadline") == (0 if whole else 2)
 
 
 def test_pieces_are_the_sample(open_engine: Open) -> None:
@@ -170,27 +225,31 @@ def test_pieces_are_the_sample(open_engine: Open) -> None:
 
 
 def test_cancelling_and_ending_free_slots_within_a_step(open_engine: Open) -> None:
-    live = open_engine("pure", 2)
+    live = open_engine("pure", 2, capacity=50_000)
     caller, other = Caller(), Caller()
-    ticket = live.submit(Request((1,), LONG, 100000), caller.inbox.put)
-    while live.running < 2:
-        time.sleep(0.001)
+    endless = SamplingParams(max_tokens=49_000, ignore_eos=True)
+    ticket = live.submit(Request((1,), endless, 100000, watch=True), caller.inbox.put)
+    assert isinstance(caller.inbox.get(timeout=120), Piece)
     ticket.cancel()
     _, reason = caller.wait()
     assert reason == "cancelled"
     assert live.running == 0
-    endless = SamplingParams(max_tokens=255, ignore_eos=True)
-    for _ in range(20):  # a loaded machine may be late for one of them
-        ticket = live.submit(Request((1,), endless, 1, watch=True), other.inbox.put)
-        first = other.inbox.get(timeout=30)
-        assert isinstance(first, Piece)
-        ticket.end(0)
-        events, reason = other.wait()
-        assert reason == "complete"
-        (sample,) = [event.sample for event in events if isinstance(event, Drawn)]
-        if sample.finish_reason == "stop":
-            break
+    known, lengths = threading.Event(), []
+
+    def told(event: Event) -> None:
+        if isinstance(event, Piece) and not lengths:
+            assert known.wait(120)
+            lengths.append(len(event.token_ids))
+            ticket.end(0)
+        other.inbox.put(event)
+
+    ticket = live.submit(Request((1,), endless, 1, watch=True), told)
+    known.set()
+    events, reason = other.wait()
+    assert reason == "complete"
+    (sample,) = [event.sample for event in events if isinstance(event, Drawn)]
     assert sample.finish_reason == "stop"
+    assert len(sample.token_ids) <= lengths[0] + 1
     ticket.cancel()
     ticket.end(0)
 
@@ -200,7 +259,7 @@ def test_handing_back_and_closing(open_engine: Open) -> None:
     caller = Caller()
     endless = SamplingParams(max_tokens=49_000, ignore_eos=True)
     live.submit(Request((1,), endless, 100000, watch=True), caller.inbox.put)
-    assert isinstance(caller.inbox.get(timeout=30), Piece)
+    assert isinstance(caller.inbox.get(timeout=120), Piece)
     live.hand_back(time.monotonic() + 0.2)
     with pytest.raises(RuntimeError, match="the engine is closed"):
         live.submit(Request((1,), LONG, 1), caller.inbox.put)
@@ -219,7 +278,7 @@ def test_handing_back_and_closing(open_engine: Open) -> None:
 def test_an_engine_that_breaks_says_so(open_engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     live = open_engine("pure", 2)
 
-    def fails(prompts: object) -> None:
+    def fails(*given: object) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(live._memory, "prefill", fails)

@@ -8,24 +8,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import uvicorn
 
 from thinkfast.data.tokenizer import load_tokenizer, save_word_tokenizer
-from thinkfast.model.checkpoint import save_model
+from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
+from thinkfast.scale.verifier import Verifier, VerifierSettings, save_verifier, step_ends
 from thinkfast.serve.app import Limits, create_app
 from thinkfast.serve.draw import Served, open_model
+from thinkfast.serve.judge import Judge
 from thinkfast.serve.keys import Keys
 
 NEVER = -40.0
+ENDLESS = 200_000  # tokens of one chain that no machine draws within a budget of a test
+PATIENCE = 120.0  # seconds until a test that waits for an event is given up
 Serve = Callable[..., str]
+Wait = Callable[[Callable[[], bool]], None]
 
 
-def write_talker(directory: Path, stay: float, right: float = 0.7) -> Path:
+def write_talker(directory: Path, stay: float, right: float = 0.7, room: int = 2048) -> Path:
     """A Transformer that is a Markov chain: "Notes" again and again with probability `stay`, then "#### 7" or "#### 8".
 
     Its blocks add nothing and its embedding is the identity, so that a token's logits are a column of the head.
@@ -41,7 +47,7 @@ def write_talker(directory: Path, stay: float, right: float = 0.7) -> Path:
         num_kv_heads=1,
         head_dim=8,
         layer_types=(ATTENTION,),
-        max_position_embeddings=2048,
+        max_position_embeddings=room,
         eos_token_ids=(words.eos_id,),
         pad_token_id=words.pad_id,
         tie_word_embeddings=False,
@@ -80,6 +86,31 @@ def rambler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def contrary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verifier that is sure of the rarer answer, 8."""
+    root = tmp_path_factory.mktemp("contrary")
+    model = write_talker(root, stay=1 - 1e-9, right=0.001)
+    decoder, tokenizer = load_model(model), load_tokenizer(model)
+    verifier = Verifier(decoder, step_ends(tokenizer, decoder.config.vocab_size))
+    save_verifier(verifier, root / "verifier", model, VerifierSettings())
+    return root / "verifier"
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not one of its chains ends within any budget."""
+    return write_talker(tmp_path_factory.mktemp("endless"), stay=1 - 1e-15, room=ENDLESS)
+
+
+@pytest.fixture(scope="session")
+def unending(endless: Path) -> Iterator[Served]:
+    """That model, opened."""
+    opened = open_model(endless, 4, ENDLESS, "endless")
+    yield opened
+    opened.live.close()
+
+
+@pytest.fixture(scope="session")
 def models(talker: Path, rambler: Path) -> Iterator[list[Served]]:
     opened = [open_model(talker, 8, 1024, "talker"), open_model(rambler, 8, 1024, "rambler")]
     yield opened
@@ -88,9 +119,15 @@ def models(talker: Path, rambler: Path) -> Iterator[list[Served]]:
 
 
 @contextlib.contextmanager
-def served(models: list[Served], limits: Limits | None = None, keys: Keys | None = None, **more: bool) -> Iterator[str]:
+def served(
+    models: list[Served],
+    limits: Limits | None = None,
+    keys: Keys | None = None,
+    judge: Judge | None = None,
+    log_prompts: bool = False,
+) -> Iterator[str]:
     """The address of a server in a thread of its own."""
-    app = create_app(models, limits, keys, **more)
+    app = create_app(models, limits, keys, judge, log_prompts)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -113,7 +150,24 @@ def address(models: list[Served]) -> Iterator[str]:
 
 
 @pytest.fixture
-def serve(models: list[Served]) -> Iterator[Serve]:
+def serve(models: list[Served], unending: Served) -> Iterator[Serve]:
     """Servers of one's own."""
     with contextlib.ExitStack() as stack:
-        yield lambda limits=None, keys=None, **more: stack.enter_context(served(models, limits, keys, **more))
+
+        def start(limits: Limits | None = None, keys: Keys | None = None, *more: Served, **options: Any) -> str:
+            return stack.enter_context(served([*models, unending, *more], limits, keys, **options))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Wait:
+    """Waits for something that happens on any machine, sooner or later."""
+
+    def wait(true: Callable[[], bool]) -> None:
+        until = time.monotonic() + PATIENCE
+        while not true():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+    return wait

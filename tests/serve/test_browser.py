@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from thinkfast.serve.app import Limits
+from thinkfast.serve.draw import Served, open_model
 from thinkfast.serve.keys import Key, Keys
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -28,6 +30,14 @@ def browser() -> Iterator[Any]:
         opened = driver.chromium.launch(executable_path=path, args=FLAGS)
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="module")
+def twin(talker: Path) -> Iterator[Served]:
+    """A second model that comes to its answers on any machine."""
+    opened = open_model(talker, 8, 1024, "twin")
+    yield opened
+    opened.live.close()
 
 
 @pytest.fixture
@@ -68,11 +78,17 @@ def done(page: Any, count: int = 1) -> None:
 
 def test_ask_watch_and_read(visit: Open, address: str) -> None:
     page = visit(address)
-    ask(page, "talker")
-    page.locator(".chains li").first.wait_for()
-    assert page.inner_text("#go") == "Stop"
-    assert page.locator(".run").get_attribute("data-state") is None, "chains arrive before the answer is final"
+    page.evaluate(
+        """() => {
+          const seen = () => [document.querySelector('#go').textContent, document.querySelector('.run').dataset.state];
+          new MutationObserver((_, watcher) => {
+            if (document.querySelector('.chains li')) { window.first = seen(); watcher.disconnect(); }
+          }).observe(document.querySelector('#runs'), { childList: true, subtree: true });
+        }"""
+    )
+    ask(page, "talker", budget="10")
     done(page)
+    assert page.evaluate("window.first") == ["Stop", None], "chains arrive before the answer is final"
     assert page.inner_text("#go") == "Think"
     assert page.inner_text(".answer").startswith("7\n")
     told = re.search(r"(\d+) % of the votes, (\d+) chains, [\d.]+ s, ", page.inner_text(".answer"))
@@ -101,12 +117,19 @@ def test_two_models_side_by_side(visit: Open, address: str) -> None:
     assert page.locator(".run").nth(1).locator(".answer").inner_text().startswith("No answer in this time")
 
 
-def test_everything_works_from_the_keyboard_and_stops(visit: Open, address: str) -> None:
-    page = visit(address)
+def test_everything_works_from_the_keyboard_and_stops(
+    visit: Open, serve: Callable[..., str], models: list[Served], wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    page = visit(serve(Limits(answer=700, budget=3600.0, samples=10**9)))  # chains without end
+    page.evaluate("document.querySelector('#budget option:checked').value = '3600'")
     page.focus("#problem")
     page.keyboard.type("three pens")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "budget"
+    for box in page.locator("#models input").all():
+        if box.is_checked() != (box.get_attribute("value") == "rambler"):
+            box.focus()
+            page.keyboard.press("Space")
     page.focus("#problem")
     page.keyboard.press("Control+Enter")
     page.locator(".chains li").first.wait_for()
@@ -115,9 +138,11 @@ def test_everything_works_from_the_keyboard_and_stops(visit: Open, address: str)
     assert page.locator(".chains details[open]").count() == 1
     page.focus("#go")
     page.keyboard.press("Enter")
-    playwright.expect(page.locator("#go")).to_have_text("Think", timeout=5000)
+    playwright.expect(page.locator("#go")).to_have_text("Think", timeout=PATIENCE)
     assert page.locator(".run[data-state=done]").count() == 0
+    assert page.locator(".run[data-state=stopped]").count() == 1
     assert page.is_hidden("#trouble")
+    wait_until(lambda: models[1].live.requests == 0)
 
 
 def test_trouble_is_told(visit: Open, address: str) -> None:
@@ -141,14 +166,14 @@ def test_a_key_is_asked_for(visit: Open, serve: Callable[..., str]) -> None:
     page.fill("#key", "sesame")
     page.locator("#key").blur()
     page.locator("#models input").first.wait_for()
-    ask(page, "talker", budget="1")
+    ask(page, "talker", budget="10")
     done(page)
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])
-def test_a_phone(visit: Open, address: str, width: int) -> None:
-    page = visit(address, viewport={"width": width, "height": 800}, has_touch=True)
-    ask(page, "talker", "rambler", budget="1")
+def test_a_phone(visit: Open, serve: Callable[..., str], twin: Served, width: int) -> None:
+    page = visit(serve(None, None, twin), viewport={"width": width, "height": 800}, has_touch=True)
+    ask(page, "talker", "twin", budget="10")
     done(page, 2)
     page.locator(".chains summary").first.tap()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -165,7 +190,7 @@ def _luminance(colour: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_is_readable(visit: Open, address: str, scheme: str, tmp_path: Path) -> None:
     page = visit(address, color_scheme=scheme)
-    ask(page, "talker", budget="1")
+    ask(page, "talker", budget="10")
     done(page)
     page.locator(".chains summary").first.click()
     pairs = page.evaluate(

@@ -18,7 +18,7 @@ from thinkfast.model.config import ATTENTION, MAMBA2
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import rope_frequencies
 from thinkfast.ops.cpu.build import BuildError
-from thinkfast.ops.cpu.native import NativeModel, NativePool, Shape
+from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
 BACKENDS = ("auto", "native", "torch")
@@ -31,8 +31,8 @@ class Memory(Protocol):
     slots: int
     capacity: int
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
-        """Feeds each prompt (possibly empty) and keeps the state behind it."""
+    def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
+        """Feeds each prompt (possibly empty), behind a kept state where one is given, and keeps the state behind it."""
 
     def fork(self, kept: Kept, slot: int) -> None:
         """Copies a kept state into a slot."""
@@ -59,18 +59,21 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The state behind `length` tokens, either as bytes or as a cache of one row."""
+    """The state behind `length` tokens, in the native kernels' pages or as a cache of one row."""
 
     length: int
-    state: NDArray[np.uint8] | Cache
+    state: NativeKept | Cache
 
 
 class NativeBackend:
-    """The C++ kernels, with `torch.get_num_threads()` threads. Holds a float32 copy of the weights."""
+    """The C++ kernels, with `torch.get_num_threads()` threads. Holds a copy of the weights, in float32 or bfloat16.
+
+    weights: "float32", "bfloat16", or "auto": bfloat16 where that loses nothing, as with checkpoints stored in it.
+    """
 
     name = "native"
 
-    def __init__(self, model: Decoder, kv_dtype: str) -> None:
+    def __init__(self, model: Decoder, kv_dtype: str, weights: str = "auto") -> None:
         config, mamba = model.config, model.config.mamba
         if mamba is not None and mamba.kind != MAMBA2:
             raise BuildError(f"the kernels have no {mamba.title}")
@@ -93,7 +96,9 @@ class NativeBackend:
             shape = replace(shape, mamba=sizes)
         tensors = {**model.state_dict(), "head": model.head_weight}
         frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
-        self.model = NativeModel(shape, tensors, frequency)
+        half = weights == "bfloat16" or (weights == "auto" and all(map(_is_bfloat16, tensors.values())))
+        self.weights = "bfloat16" if half else "float32"
+        self.model = NativeModel(shape, tensors, frequency, half)
 
     def memory(self, slots: int, capacity: int) -> NativeMemory:
         return NativeMemory(self.model, slots, capacity, self.kv_dtype == "bfloat16", torch.get_num_threads())
@@ -103,6 +108,11 @@ class NativeBackend:
         return memory.capacity >= capacity and threads == torch.get_num_threads()
 
 
+def _is_bfloat16(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, if it is a matrix, holds nothing that bfloat16 would round."""
+    return tensor.ndim != 2 or tensor.dtype == torch.bfloat16 or torch.equal(tensor.bfloat16().to(tensor.dtype), tensor)
+
+
 class NativeMemory:
     """A pool of slots and, behind them, one lane a thread to prefill in."""
 
@@ -110,18 +120,30 @@ class NativeMemory:
         self.slots, self.capacity, self.threads = slots, capacity, threads
         self._pool = NativePool(model, slots + threads, capacity, half, threads)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+    def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
+        before = behind or [None] * len(prompts)
         kept = []
         for start in range(0, len(prompts), self.threads):
             together = prompts[start : start + self.threads]
-            self._pool.prefill(range(self.slots, self.slots + len(together)), together)
-            kept += [Kept(len(p), self._pool.save(self.slots + lane, len(p))) for lane, p in enumerate(together)]
+            lanes = range(self.slots, self.slots + len(together))
+            held = [0] * len(together)
+            for at, state in enumerate(before[start : start + self.threads]):
+                if state is not None:
+                    self.fork(state, lanes[at])
+                    held[at] = state.length
+            self._pool.prefill(lanes, together, held)
+            for lane, length, prompt in zip(lanes, held, together, strict=True):
+                kept.append(Kept(length + len(prompt), self._pool.keep(lane, length + len(prompt))))
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
+        self.resume(kept, slot)
+
+    def resume(self, kept: Kept, slot: int, shared: int | None = None) -> None:
+        """`fork`, but of tokens behind the first `shared` the slot gets keys and values of its own."""
         if isinstance(kept.state, Cache):
             raise ValueError("a torch cache was given to the native backend")
-        self._pool.load(slot, kept.length, kept.state)
+        self._pool.resume(slot, kept.state, shared)
 
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
         tokens, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)
@@ -163,24 +185,25 @@ class TorchMemory:
         self._cache = new_cache(model.config, slots, capacity, dtype, device)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+    def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
         kept = []
-        for prompt in prompts:
-            cache = new_cache(self.model.config, 1, max(len(prompt), 1), self.dtype, self.device)
+        for prompt, before in zip(prompts, behind or [None] * len(prompts), strict=True):
+            length = len(prompt) + (before.length if before is not None else 0)
+            cache = new_cache(self.model.config, 1, max(length, 1), self.dtype, self.device)
+            if before is not None:
+                cache.copy_rows(_rows_of(before), torch.tensor([0]), torch.tensor([0]))
             if prompt:
                 self.model.hidden(torch.tensor([list(prompt)], device=self.device), cache)
-            kept.append(Kept(len(prompt), cache))
+            kept.append(Kept(length, cache))
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
-        if not isinstance(kept.state, Cache):
-            raise ValueError("a native state was given to the torch backend")
         row = torch.tensor([slot], device=self.device)
         for layer in self._cache.layers:
             if isinstance(layer, AttentionCache):
                 # A NaN left by an earlier sample would reach this one through a mask: 0 * NaN is NaN.
                 layer.keys[slot], layer.values[slot] = 0, 0
-        self._cache.copy_rows(kept.state, torch.zeros_like(row), row)
+        self._cache.copy_rows(_rows_of(kept), torch.zeros_like(row), row)
 
     @torch.inference_mode()
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
@@ -198,22 +221,31 @@ class TorchMemory:
         return drawn, logprobs
 
 
-def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto") -> Backend:
+def _rows_of(kept: Kept) -> Cache:
+    if not isinstance(kept.state, Cache):
+        raise ValueError("a native state was given to the torch backend")
+    return kept.state
+
+
+def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto", weights: str = "auto") -> Backend:
     """`auto` takes the native kernels where the model is on the CPU and they can be compiled, else torch.
 
+    weights: the native kernels' copy of the matrices, see `NativeBackend`.
     Raises BadInput for an unknown name, and for "native" where the kernels cannot be had.
     """
     if backend not in BACKENDS:
         raise BadInput(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if kv_dtype not in KV_DTYPES:
         raise BadInput(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
+    if weights not in KV_DTYPES:
+        raise BadInput(f"weights is {weights!r}, expected one of {', '.join(KV_DTYPES)}")
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     if backend == "native" and not on_cpu:
         raise BadInput(f"backend 'native' needs a model on the cpu, this one is on {model.embed_tokens.weight.device}")
     if backend == "torch" or not on_cpu:
         return TorchBackend(model, kv_dtype)
     try:
-        return NativeBackend(model, kv_dtype)
+        return NativeBackend(model, kv_dtype, weights)
     except BuildError as error:
         if backend == "native":
             raise BadInput(f"backend 'native': {error}") from error

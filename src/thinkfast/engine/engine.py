@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from thinkfast.engine.backends import Backend, Kept, Memory, open_backend
-from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams, prompt_key, sample_key
+from thinkfast.engine.backends import Backend, Memory, open_backend
+from thinkfast.engine.prefill import Desk
+from thinkfast.engine.room import HISTORY_BYTES, Plan, kept_bytes, machine_bytes, plan
+from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams
 from thinkfast.engine.slots import Rounds, SlotTable
+from thinkfast.engine.speculative import SpeculativeBackend
 from thinkfast.errors import BadInput
 from thinkfast.model.decoder import Decoder
 
 Result = tuple[int, int, Sample]
-PREFILL_AHEAD = 8
 
 
 class Engine:
@@ -24,21 +25,40 @@ class Engine:
 
     slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "torch", or "auto", the first that can
     be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's dtype in torch.
+    memory: bytes for states, keys and values, weights not counted; of the slots as many are used as fit, and prompts
+    whose states do not fit are fed again. Without it, slots that exceed the machine's memory are refused.
+    draft: a smaller model of the same vocabulary that guesses tokens ahead, for few slots (`speculative.py`); samples
+    keep their distribution, a greedy one its tokens.
     The native backend copies the weights: make a new engine after training on.
-    Raises BadInput for slots < 1 or an unknown name.
+    Raises BadInput for slots < 1, memory < 1 or an unknown name.
     """
 
-    def __init__(self, model: Decoder, slots: int = 128, backend: str = "auto", kv_dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        slots: int = 128,
+        backend: str = "auto",
+        kv_dtype: str = "auto",
+        memory: int | None = None,
+        draft: Decoder | None = None,
+    ) -> None:
         if slots < 1:
             raise BadInput(f"slots is {slots}, expected 1 or more")
+        if memory is not None and memory < 1:
+            raise BadInput(f"memory is {memory}, expected 1 byte or more")
         self.config = model.config
         self.slots = slots
-        self._backend: Backend = open_backend(model, backend, kv_dtype)
+        self._budget, self._device = memory, model.embed_tokens.weight.device
+        opened: Backend = open_backend(model, "torch" if draft and backend == "auto" else backend, kv_dtype)
+        if draft is not None and opened.name == "native":
+            raise BadInput("backend is 'native', expected 'auto' or 'torch' with a draft")
+        self._backend = opened if draft is None else SpeculativeBackend(model, draft, kv_dtype)
+        self._configs = [model.config] if draft is None else [model.config, draft.config]
         self._memory: Memory | None = None
 
     @property
     def backend(self) -> str:
-        """The name of what computes: "native" or "torch"."""
+        """The name of what computes: "native", "torch" or "speculative"."""
         return self._backend.name
 
     def sample(
@@ -65,23 +85,46 @@ class Engine:
         deadline: float | None = None,
         skip: Collection[tuple[int, int]] = frozenset(),
         clock_start: float = 0.0,
+        dropped: Collection[int] = frozenset(),
     ) -> Iterator[Result]:
         """Yields (prompt index, sample index, Sample) as samples finish.
 
-        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out. A sample's tokens
-        depend on the seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
+        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out, and of prompts
+        that the caller puts into `dropped` meanwhile no further sample is admitted. A sample's tokens depend on the
+        seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
         shows `deadline`, running samples end with finish_reason "deadline" and no more are started. It runs on while
         the caller handles a result.
         Raises BadInput for an empty prompt, a token id outside the vocabulary, a prompt that leaves no room for
-        max_tokens, or n < 1.
+        max_tokens, n < 1, or what does not fit into memory.
         """
         held = [tuple(int(token) for token in prompt) for prompt in prompts]
         self.check(held, n, params)
-        return self._run(held, Rounds(len(held), n, skip), params, deadline, clock_start)
+        longest = max(map(len, held), default=0)
+        room = self.plan(longest + params.max_tokens, longest)
+        return self._run(held, Rounds(len(held), n, skip, dropped), params, deadline, clock_start, room)
 
-    def open_memory(self, capacity: int) -> Memory:
+    def plan(self, capacity: int, prompt: int, lazy: bool = False) -> Plan:
+        """What fits into memory of sequences of at most `capacity` tokens behind prompts of at most `prompt`.
+
+        lazy: count on sequences that stay shorter, where a machine takes memory only once it is touched. Raises
+        BadInput where one request does not fit, or without a budget not every slot.
+        """
+        room = machine_bytes(self._device) if self._budget is None else self._budget
+        how = {"fewer": self._budget is not None, "lazy": lazy and self._device.type == "cpu"}
+        return plan(self.slots, capacity, self.slot_bytes(capacity), self.kept_bytes(prompt), room, **how)
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Bytes of the state behind so many tokens."""
+        return sum(kept_bytes(config, tokens, self._backend.kv_dtype) for config in self._configs)
+
+    def slot_bytes(self, capacity: int) -> int:
+        """Bytes of one slot for sequences of at most `capacity` tokens, with what it has drawn."""
+        twice = self.kept_bytes(0) if len(self._configs) > 1 else 0  # speculating keeps states twice
+        return self.kept_bytes(capacity) + twice + HISTORY_BYTES * capacity
+
+    def open_memory(self, slots: int, capacity: int) -> Memory:
         """Memory of its own for `slots` sequences of at most `capacity` tokens. Raises MemoryError."""
-        return self._backend.memory(self.slots, capacity)
+        return self._backend.memory(slots, capacity)
 
     def check(self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams) -> None:
         """Raises BadInput as `stream` does."""
@@ -107,76 +150,45 @@ class Engine:
         params: SamplingParams,
         deadline: float | None,
         clock_start: float,
+        room: Plan,
     ) -> Iterator[Result]:
-        if rounds.exhausted:
+        if rounds.head is None:
             return
-        memory = self._take_memory(max(map(len, prompts)) + params.max_tokens)
-        table = SlotTable(self.slots, params, self.config.vocab_size, self.config.eos_token_ids)
-        prefixes = _Prefixes(memory, prompts, rounds, params.seed)
+        memory = self._take_memory(room.slots, max(map(len, prompts)) + params.max_tokens)
+        table = SlotTable(room.slots, params, self.config.vocab_size, self.config.eos_token_ids)
+        desk = Desk(memory, prompts, rounds, params.seed, room.kept, self.kept_bytes)
         until = math.inf if deadline is None else deadline
         origin = time.monotonic() - clock_start
+
+        def clock() -> float:
+            return time.monotonic() - origin
+
         try:
             while True:
-                for slot in np.flatnonzero(~table.active).tolist():
-                    now = time.monotonic() - origin
-                    pair = next(rounds, None) if now < until else None
-                    if pair is None:
-                        break
-                    prefixes.start(table, slot, pair, now)
-                now = time.monotonic() - origin
+                if clock() < until and desk.admit(table, clock):
+                    desk.feed()
+                    if clock() < until:
+                        desk.admit(table, clock)
                 rows = np.flatnonzero(table.active).astype(np.int32)
-                if not len(rows):
-                    return
+                now = clock()
                 if now >= until:
                     for slot in rows.tolist():
-                        yield _result(table, slot, DEADLINE, now)
+                        yield *table.pair[slot], table.sample(slot, DEADLINE, now)
                     return
-                finished = table.advance(rows, *memory.step(table, rows))
-                now = time.monotonic() - origin
-                for done in finished:
-                    yield _result(table, done.slot, done.reason, now)
+                if len(rows):
+                    finished = table.advance(rows, *memory.step(table, rows))
+                    now = clock()
+                    for done in finished:
+                        yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
+                elif desk.done:
+                    return
         finally:
             self._memory = memory
 
-    def _take_memory(self, capacity: int) -> Memory:
-        """The memory of the last call where it is large enough; a call that runs at the same time gets its own."""
+    def _take_memory(self, slots: int, capacity: int) -> Memory:
+        """The memory of the last call where it serves; a call that runs at the same time gets its own."""
         memory, self._memory = self._memory, None
-        if memory is None or not self._backend.fits(memory, capacity):
-            memory = self._backend.memory(self.slots, capacity)
-        return memory
-
-
-class _Prefixes:
-    """The states behind all but the last token of each prompt, from the first need of it to its last sample."""
-
-    def __init__(self, memory: Memory, prompts: list[tuple[int, ...]], rounds: Rounds, seed: int) -> None:
-        self._memory, self._prompts, self._rounds, self._seed = memory, prompts, rounds, seed
-        self._kept: dict[int, tuple[Kept, int]] = {}
-        self._waiting = deque(index for index in range(len(prompts)) if rounds.left(index))
-
-    def start(self, table: SlotTable, slot: int, pair: tuple[int, int], now: float) -> None:
-        """Puts a sample into a slot."""
-        prompt = self._prompts[pair[0]]
-        if pair[0] not in self._kept:
-            self._prefill(pair[0])
-        kept, key = self._kept[pair[0]]
-        self._memory.fork(kept, slot)
-        table.admit(slot, pair, prompt[-1], len(prompt) - 1, sample_key(key, pair[1]), now)
-        if not self._rounds.left(pair[0]):
-            del self._kept[pair[0]]
-
-    def _prefill(self, needed: int) -> None:
-        """Computes a prompt and, so that threads have work, those that come next."""
-        together = [needed]
-        self._waiting.remove(needed)
-        while self._waiting and len(together) < PREFILL_AHEAD:
-            together.append(self._waiting.popleft())
-        states = self._memory.prefill([self._prompts[index][:-1] for index in together])
-        for index, state in zip(together, states, strict=True):
-            self._kept[index] = (state, prompt_key(self._seed, self._prompts[index]))
-
-
-def _result(table: SlotTable, slot: int, reason: str, now: float) -> Result:
-    prompt, index = table.pair[slot]
-    started, logprob = float(table.started[slot]), float(table.logprob[slot])
-    return prompt, index, Sample(table.tokens(slot), reason, started, now, logprob)
+        if memory is not None and memory.slots == slots and self._backend.fits(memory, capacity):
+            return memory
+        del memory  # before the new one is made
+        return self._backend.memory(slots, capacity)

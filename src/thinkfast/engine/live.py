@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from thinkfast.engine.backends import Kept
-from thinkfast.engine.engine import PREFILL_AHEAD, Engine
-from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, prompt_key, sample_key
+from thinkfast.engine.engine import Engine
+from thinkfast.engine.prefill import Prefix, Shelf, feed
+from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, likeliest, prompt_key, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
 
 FLUSH_SECONDS = 0.025
+SHELF_BYTES = 1 << 26  # of prompts' states between requests
 PACE = 0.05  # weight of the newest step in the mean time of a step
 COMPLETE, CANCELLED, CLOSED = "complete", "cancelled", "closed"
 
@@ -82,12 +83,13 @@ class Ticket:
     def __init__(self, engine: LiveEngine, request: Request, listener: Listener) -> None:
         self.request, self.listener = request, listener
         self.tokens = 0
-        """Tokens drawn so far, samples that started anew counted again."""
+        """Tokens drawn so far, without those of samples that start anew."""
         self._engine = engine
         self.deadline = request.deadline
         self.submitted = time.monotonic()
         self.key = prompt_key(request.params.seed, request.prompt)
-        self.kept: Kept | None = None
+        self.prefix = Prefix(request.prompt, engine.engine.kept_bytes(len(request.prompt) - 1))
+        self.new = True
         self.running: dict[int, int] = {}
         self.sent: dict[int, int] = {}
         self.likely: dict[int, list[tuple[tuple[int, float], ...]]] = {}
@@ -116,7 +118,7 @@ class LiveEngine:
     """Serves requests in a thread of its own until `close`.
 
     capacity: tokens of a prompt and its answer together, at most. `listener`s are called in the thread and must return
-    at once. Raises MemoryError where the slots do not fit into memory.
+    at once. Raises BadInput where a request of that capacity, or not every slot, fits into memory.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
@@ -124,15 +126,18 @@ class LiveEngine:
         self.tokens = self.dropped = 0
         """Tokens decoded, and those of them whose samples started anew."""
         self.broken: str | None = None
-        self._memory = engine.open_memory(self.capacity)
-        config = engine.config
+        config, room = engine.config, engine.plan(self.capacity, self.capacity, lazy=True)
+        shelf = min(SHELF_BYTES, room.kept // 8)
+        self.slots, self._room, self._shelf = room.slots, room.kept - shelf, Shelf(shelf)
+        self._memory = engine.open_memory(self.slots, self.capacity)
         self._vocab = config.vocab_size
-        self._table = SlotTable(engine.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
-        self._owner: list[Ticket | None] = [None] * engine.slots
+        self._table = SlotTable(self.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
+        self._owner: list[Ticket | None] = [None] * self.slots
         self._live: list[Ticket] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._pace, self._flushed = 0.0, 0.0
+        self._stepped = math.inf  # when the step before this one ended, where nothing but work lies between
         self._refusing = False
         self._thread = threading.Thread(target=self._run, name="thinkfast-engine", daemon=True)
         self._thread.start()
@@ -161,7 +166,14 @@ class LiveEngine:
                 f"prompt and max_tokens are {asked} tokens, more than the engine's capacity of {self.capacity}"
             )
         ticket = Ticket(self, request, listener)
-        self.command(lambda: self._live.append(ticket))
+
+        def enter() -> None:
+            tokens = ticket.prefix.tokens
+            alike = next((t.prefix for t in self._live if t.prefix.tokens == tokens), None) or self._shelf.take(tokens)
+            ticket.prefix = alike or ticket.prefix
+            self._live.append(ticket)
+
+        self.command(enter)
         return ticket
 
     def command(self, call: Callable[[], None]) -> None:
@@ -195,8 +207,10 @@ class LiveEngine:
         for index, slot in list(ticket.running.items()):
             if reason == DEADLINE:
                 self._tell_piece(ticket, index, slot)
-                ticket.listener(Drawn(index, self._sample(ticket, slot, DEADLINE, now)))
+                ticket.listener(Drawn(index, self._table.sample(slot, DEADLINE, now, ticket.submitted)))
             self._free(slot)
+        if ticket.prefix.ready and all(t.prefix is not ticket.prefix for t in self._live):
+            self._shelf.put(ticket.prefix)
         ticket.listener(Closed(reason))
 
     def end_sample(self, ticket: Ticket, index: int) -> None:
@@ -219,6 +233,7 @@ class LiveEngine:
             while not self._commands and not self._live:
                 if self._refusing:
                     return False
+                self._stepped = math.inf
                 self._wake.wait()
             commands, self._commands = self._commands, deque()
         for call in commands:
@@ -232,12 +247,10 @@ class LiveEngine:
     def _turn(self) -> None:
         """One step of decoding, with what must be done before and after it."""
         started = time.monotonic()
-        for ticket in list(self._live):
-            if ticket.deadline <= started:
-                self.close_ticket(ticket, DEADLINE)
-            elif not ticket.running and not ticket.unstarted(started, self._pace):
-                every = ticket.next >= ticket.request.n and not ticket.again
-                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
+        self._close_due(started)
+        if unfed := self._unfed():
+            feed(self._memory, unfed)
+            self._close_due(time.monotonic())
         self._admit()
         rows = np.flatnonzero(self._table.active).astype(np.int32)
         if not len(rows):
@@ -257,32 +270,53 @@ class LiveEngine:
             for ticket in self._live:
                 for index, slot in ticket.running.items():
                     self._tell_piece(ticket, index, slot)
-        elapsed = now - started
+        elapsed, self._stepped = now - min(started, self._stepped), now
         self._pace = elapsed if self._pace == 0 else (1 - PACE) * self._pace + PACE * elapsed
 
+    def _close_due(self, now: float) -> None:
+        """Closes what has reached its deadline, and what has nothing left to do."""
+        for ticket in list(self._live):
+            if ticket.deadline <= now:
+                self.close_ticket(ticket, DEADLINE)
+            elif not ticket.running and not ticket.unstarted(now, self._pace):
+                every = ticket.next >= ticket.request.n and not ticket.again
+                self.close_ticket(ticket, COMPLETE if every else DEADLINE)
+
+    def _unfed(self) -> list[Prefix]:
+        """The prompts to feed, by deadline; no more are begun than there is memory for."""
+        if all(ticket.prefix.ready for ticket in self._live):
+            return []
+        prefixes = dict.fromkeys(t.prefix for t in sorted(self._live, key=lambda t: t.deadline))
+        taken = sum(prefix.size for prefix in prefixes if prefix.kept is not None)
+        unfed = []
+        for prefix in prefixes:
+            begins = prefix.kept is None
+            if not prefix.ready and (not begins or not taken or taken + prefix.size <= self._room):
+                unfed.append(prefix)
+                taken += prefix.size if begins else 0
+        return unfed
+
     def _admit(self) -> None:
-        """Prefills what is new, then hands out the slots."""
-        new = sorted((t for t in self._live if t.kept is None), key=lambda t: t.deadline)[:PREFILL_AHEAD]
-        if new:
-            states = self._memory.prefill([ticket.request.prompt[:-1] for ticket in new])
-            for ticket, state in zip(new, states, strict=True):
-                ticket.kept = state
+        """Hands out the slots."""
+        ready = [ticket for ticket in self._live if ticket.prefix.ready]
+        new = [ticket for ticket in ready if ticket.new]
         free = np.flatnonzero(~self._table.active).tolist()
         if not free and not new:
             return
         now = time.monotonic()
-        share = max(1, self.engine.slots // max(1, len(self._live)))
-        waiting = [t for t in self._live if t.kept is not None and t.unstarted(now, self._pace)]
+        share = max(1, self.slots // max(1, len(self._live)))
+        waiting = [ticket for ticket in ready if ticket.unstarted(now, self._pace)]
         while free and waiting:
             ticket = min(waiting, key=lambda t: _turn_of(t, share))
             self._start(ticket, free.pop(), now)
             if not ticket.unstarted(now, self._pace):
                 waiting.remove(ticket)
         for ticket in sorted(new, key=lambda t: t.deadline):
+            ticket.new = False
             while len(ticket.running) < share and ticket.unstarted(now, self._pace):
                 slot = self._take_from_the_largest(share)
                 if slot is None:
-                    return
+                    break
                 self._start(ticket, slot, now)
 
     def _take_from_the_largest(self, share: int) -> int | None:
@@ -297,6 +331,7 @@ class LiveEngine:
         index, slot = max(ticket.running.items(), key=lambda item: float(self._table.started[item[1]]))
         self.dropped += int(self._table.count[slot])
         ticket.again.append(index)
+        ticket.tokens -= int(self._table.count[slot])
         self._free(slot)
         return slot
 
@@ -306,8 +341,8 @@ class LiveEngine:
         else:
             index, ticket.next = ticket.next, ticket.next + 1
         prompt = ticket.request.prompt
-        assert ticket.kept is not None
-        self._memory.fork(ticket.kept, slot)
+        assert ticket.prefix.kept is not None
+        self._memory.fork(ticket.prefix.kept, slot)
         key = sample_key(ticket.key, index)
         self._table.admit(slot, (0, index), prompt[-1], len(prompt) - 1, key, now, ticket.request.params)
         ticket.served = now
@@ -328,15 +363,10 @@ class LiveEngine:
         ticket, index = self._owner[slot], self._table.pair[slot][1]
         assert ticket is not None
         self._tell_piece(ticket, index, slot)
-        sample = self._sample(ticket, slot, reason, now)
+        sample = self._table.sample(slot, reason, now, ticket.submitted)
         ticket.shortest = min(ticket.shortest, len(sample.token_ids))
         self._free(slot)
         ticket.listener(Drawn(index, sample))
-
-    def _sample(self, ticket: Ticket, slot: int, reason: str, now: float) -> Sample:
-        table, origin = self._table, ticket.submitted
-        times = float(table.started[slot]) - origin, now - origin
-        return Sample(table.tokens(slot), reason, *times, float(table.logprob[slot]))
 
     def _tell_piece(self, ticket: Ticket, index: int, slot: int) -> None:
         since, until = ticket.sent[index], int(self._table.count[slot])
@@ -352,11 +382,7 @@ class LiveEngine:
             ticket = self._owner[slot]
             if ticket is None or not ticket.request.alternatives or tokens[at] < 0:
                 continue
-            row = logits[at].astype(np.float64)
-            row -= row.max()
-            row -= math.log(np.exp(row).sum())
-            best = np.argsort(-row, kind="stable")[: ticket.request.alternatives].tolist()
-            ticket.likely[self._table.pair[slot][1]].append(tuple((token, float(row[token])) for token in best))
+            ticket.likely[self._table.pair[slot][1]].append(likeliest(logits[at], ticket.request.alternatives))
 
 
 def _turn_of(ticket: Ticket, share: int) -> tuple[int, float, float]:

@@ -13,8 +13,12 @@ FORMATS = ("hf", "gguf")
 def export_model(source: Path, out: Path, form: str, dtype: str | None, compat: bool) -> dict[str, Any]:
     """Writes a model in one of FORMATS; see `export.hf.export_hf` and `export.gguf.export_gguf`.
 
-    Raises BadInput for an unknown format, and for `compat` with one that it does not concern.
+    Raises BadInput for an unknown format, for `compat` with one that it does not concern, and for an `out` inside of a
+    file.
     """
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise BadInput(f"{above} is a file, expected a directory")
     if form == "hf":
         from thinkfast.export.hf import export_hf
 

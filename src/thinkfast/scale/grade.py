@@ -15,7 +15,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from types import TracebackType
@@ -25,7 +26,8 @@ from thinkfast.data.answers import extract_answer as extract_answer
 from thinkfast.data.answers import tidy
 
 _STARTUP_SECONDS = 120.0
-_PATIENCE = 24.0  # seconds on the wall for a second of processor time: a busy machine must change no verdict
+_PATIENCE = 4.0  # seconds on the wall, for a second of the limit, after which a blocked comparison is given up
+_IDLE_SECONDS = 1e-3  # processor time below which a process did nothing in a while
 _NUMBER = re.compile(r"([+-]?)(\d{1,200}(?:\.\d{0,200})?|\.\d{1,200})(?: ?/ ?([+-]?\d{1,200}(?:\.\d{1,200})?))?")
 _FRACTION = re.compile(r"([+-]?)\\[dtc]?frac *(?:\{([+-]?\d{1,200})\}|(\d)) *(?:\{([+-]?\d{1,200})\}|(\d))")
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin\{align")
@@ -50,7 +52,8 @@ def _number(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-def _key(text: str) -> Fraction | str:
+def plain_key(text: str) -> Fraction | str:
+    """What a tidied answer is without any algebra: its exact value where it is a plain number, else its text."""
     value = _number(text)
     return text if value is None else value
 
@@ -130,7 +133,7 @@ class Grader:
         """
         texts = [tidy(answer) if answer is not None else "" for answer in answers]
         gold = tidy(gold)
-        keys = {text: _key(text) for text in [gold, *texts] if text}
+        keys = {text: plain_key(text) for text in [gold, *texts] if text}
         home = {keys[gold]: gold} if gold else {}
         representatives = [gold] if gold else []
         for text in sorted(keys, key=lambda text: (isinstance(keys[text], str), text)):
@@ -156,7 +159,7 @@ class Grader:
 
     def _compare(self, gold: str, prediction: str) -> bool | None:
         """Whether two tidied answers are equal; None when that takes too long or too much memory."""
-        first, second = _key(gold), _key(prediction)
+        first, second = plain_key(gold), plain_key(prediction)
         if first == second or (isinstance(first, Fraction) and isinstance(second, Fraction)):
             return first == second
         if (_is_relation(gold) and "=" not in prediction) or (_is_relation(prediction) and "=" not in gold):
@@ -230,27 +233,49 @@ class _Worker:
 def _serve(seconds: float, memory_mb: int) -> None:
     """The worker: a JSON line with two answers in, a line 1 or 0 out.
 
-    The time limits are timers whose signals nobody handles, so that the kernel ends the process in the middle of any
+    The time limit is a timer whose signal nobody handles, so that the kernel ends the process in the middle of any
     computation, also when the process that asked is gone. Processor time counts, so that a busy machine changes no
-    verdict; the clock on the wall ends what does not even compute.
+    verdict; `_limited` also ends what does not even compute.
     """
     verdicts = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints may be taken for a verdict
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.setitimer(signal.ITIMER_REAL, _STARTUP_SECONDS)
     logging.disable(logging.CRITICAL)
-    _verify(r"$\frac{x}{2}$", "$0.5x$")  # the first parse is slow and belongs to no answer
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    with _limited(_STARTUP_SECONDS):
+        _verify(r"$\frac{x}{2}$", "$0.5x$")  # the first parse is slow and belongs to no answer
     limit = memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print("ready", file=verdicts, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE * seconds)
-        equal = _verify(*json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        with _limited(seconds):
+            equal = _verify(*json.loads(line))
         print(int(equal), file=verdicts, flush=True)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Ends the process when the block takes more than `seconds` of processor time, or when it is blocked.
+
+    Blocked is what has used no processor time twice in a row over half of `_PATIENCE` times `seconds` on the wall. A
+    process that only waits for a core, or that was stopped for a while, goes on at its next look.
+    """
+    period, spent, idle = _PATIENCE * seconds / 2, time.process_time(), 0
+
+    def look(number: int, frame: object) -> None:
+        nonlocal spent, idle
+        now = time.process_time()
+        idle = idle + 1 if now - spent < _IDLE_SECONDS else 0
+        if idle == 2:
+            os._exit(1)
+        spent = now
+        signal.setitimer(signal.ITIMER_REAL, period)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, period)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _verify(first: str, second: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from thinkfast import __version__
@@ -24,11 +25,14 @@ from thinkfast.engine.sampling import SamplingParams
 from thinkfast.errors import BadInput
 from thinkfast.scale.grade import Grader
 from thinkfast.serve import shapes
-from thinkfast.serve.draw import EngineClosed, Plan, Scorer, Served, complete, vote
+from thinkfast.serve.ballot import default_strategy
+from thinkfast.serve.draw import EngineClosed, Served, complete
 from thinkfast.serve.gate import Bounds, Gate, answer
+from thinkfast.serve.judge import Judge, JudgeFailed
 from thinkfast.serve.keys import Keys
 from thinkfast.serve.meter import Meter
 from thinkfast.serve.stream import EventStream, unless_gone
+from thinkfast.serve.vote import Plan, vote
 from thinkfast.serve.wire import ChatRequest, CompletionRequest, Refused, refuse_body
 
 HERE = Path(__file__).parent
@@ -59,9 +63,9 @@ class Limits:
 class Desk:
     """Takes requests for the models it serves. `closing`: nothing new is taken, what runs is finished."""
 
-    def __init__(self, models: Sequence[Served], limits: Limits, scorer: Scorer | None, log_prompts: bool) -> None:
+    def __init__(self, models: Sequence[Served], limits: Limits, judge: Judge | None, log_prompts: bool) -> None:
         self.models = {served.name: served for served in models}
-        self.limits, self.scorer, self.log_prompts = limits, scorer, log_prompts
+        self.limits, self.judge, self.log_prompts = limits, judge, log_prompts
         self.meter, self.grader = Meter(models), Grader(seconds=1.0)
         self.open: dict[object, float] = {}
         self.closing = False
@@ -105,13 +109,13 @@ class Desk:
             raise Refused(429, f"{self.limits.queue} requests are open already", code="queue_full", retry=wait)
         facts = request.state.facts
         facts |= {"model": served.name, "prompt_tokens": len(prompt), "stream": stream}
+        strategy = asked.strategy or default_strategy(self.judge is not None)
         if asked.votes:
-            facts |= {"budget": budget, "strategy": asked.strategy or "majority"}
+            facts |= {"budget": budget, "strategy": strategy}
         if self.log_prompts:
             facts["prompt"] = problem
         job = shapes.Job(served.name, chat, len(prompt), facts)
         if asked.votes:
-            strategy = asked.strategy or "majority"
             job.plan = Plan(
                 problem,
                 prompt,
@@ -122,7 +126,7 @@ class Desk:
                 arrived + budget,
                 asked.min_samples,
                 asked.stops,
-                self.scorer,
+                self.judge,
             )
         else:
             watch = stream or bool(asked.stops) or asked.likeliest is not None
@@ -175,7 +179,7 @@ def create_app(
     models: Sequence[Served],
     limits: Limits | None = None,
     keys: Keys | None = None,
-    scorer: Scorer | None = None,
+    judge: Judge | None = None,
     log_prompts: bool = False,
 ) -> FastAPI:
     """The application that serves these models; `app.state.desk` is its `Desk`.
@@ -186,7 +190,7 @@ def create_app(
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise BadInput(f"model name {double!r} occurs twice, expected directories of different names")
-    desk = Desk(models, limits or Limits(), scorer, log_prompts)
+    desk = Desk(models, limits or Limits(), judge, log_prompts)
     app = FastAPI(title="thinkfast", version=__version__, docs_url=None, redoc_url=None)
     app.state.desk = desk
     app.add_middleware(Gate, keys=keys, meter=desk.meter, bounds=desk.limits.bounds)
@@ -269,8 +273,15 @@ def _errors(app: FastAPI) -> None:
         return answer(Refused(500, "something went wrong in the server", code="internal_error"))
 
     @app.exception_handler(EngineClosed)
-    async def closed(request: Request, error: EngineClosed) -> Response:
-        return answer(Refused(503, f"the engine stopped: {error}", code="engine_stopped", retry=30))
+    @app.exception_handler(JudgeFailed)
+    async def closed(request: Request, error: Exception) -> Response:
+        return answer(_stopped(error))
+
+
+def _stopped(error: Exception) -> Refused:
+    if isinstance(error, JudgeFailed):
+        return Refused(503, f"the reward model failed: {error}", "strategy", "reward_failed", retry=30)
+    return Refused(503, f"the engine stopped: {error}", code="engine_stopped", retry=30)
 
 
 async def _answer(desk: Desk, asked: Asked, request: Request, chat: bool) -> Response:
@@ -291,19 +302,24 @@ async def _answer(desk: Desk, asked: Asked, request: Request, chat: bool) -> Res
                 async for event in source:
                     job.note(event)
                     yield event
-            if job.plan is not None:
-                desk.meter.late.observe(max(0.0, time.monotonic() - deadline))
-                desk.meter.votes.labels(job.facts.get("stopped", "")).inc()
         finally:
             desk.meter.samples.labels(served.name).inc(job.samples)
             del desk.open[place]
 
+    async def told() -> None:
+        """When the last byte is out."""
+        now = time.monotonic()
+        desk.meter.late.observe(max(0.0, now - deadline))
+        desk.meter.votes.labels(job.facts["stopped"]).inc()
+        served.tell.note(now - job.ended)
+
     usage = asked.stream_options is not None and asked.stream_options.include_usage
     writer = shapes.Writer(job, served.tokenizer, asked.likeliest, asked.return_samples, usage)
+    after = None if job.plan is None else BackgroundTask(told)
     if asked.stream:
-        return EventStream(_lines(writer, events()))
+        return EventStream(_lines(writer, events()), after)
     document = await unless_gone(request, _collect(writer, events()))
-    return Response(status_code=499) if document is None else JSONResponse(document)
+    return Response(status_code=499) if document is None else JSONResponse(document, background=after)
 
 
 async def _collect(writer: shapes.Writer, events: AsyncGenerator[Any, None]) -> dict[str, Any]:
@@ -319,6 +335,6 @@ async def _lines(writer: shapes.Writer, events: AsyncGenerator[Any, None]) -> As
                     yield f"data: {json.dumps(chunk)}\n\n"
             for chunk in writer.last():
                 yield f"data: {json.dumps(chunk)}\n\n"
-        except EngineClosed as error:
-            yield f"data: {json.dumps(Refused(503, f'the engine stopped: {error}').document())}\n\n"
+        except (EngineClosed, JudgeFailed) as error:
+            yield f"data: {json.dumps(_stopped(error).document())}\n\n"
     yield "data: [DONE]\n\n"

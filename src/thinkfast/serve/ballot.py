@@ -11,11 +11,13 @@ from typing import Any
 
 from thinkfast.engine.sampling import DEADLINE, STOP
 from thinkfast.errors import BadInput
+from thinkfast.scale.adaptive import decided
 from thinkfast.scale.aggregate import best_of_n, majority_vote, vote_totals
 from thinkfast.scale.grade import Grader, extract_answer
 
 STRATEGIES = ("majority", "best_of_n", "weighted", "adaptive")
-SURE = 0.95
+RANKED = ("best_of_n", "weighted")
+UNSURE = 0.05
 _PLAIN = re.compile(r"[+-]?\d{1,200}(\.\d{1,200}|/[1-9]\d{0,199})?")
 
 
@@ -47,8 +49,9 @@ class Outcome:
     """The answer and how it came about.
 
     answer: None where no chain gave one. confidence: its share of the votes (`weighted`: of the scores). votes: a row a
-    class of equal answers, the most votes first. samples: chains that ended. stopped: "decided", "samples" (all that
-    were asked for), "deadline" or "closed". chain: the best scored one with the answer, or without one if none has any.
+    class of equal answers, the most votes first. samples: chains that ended and were counted. stopped: "decided",
+    "samples" (all that were asked for), "deadline" or "closed". chain: the best scored one with the answer, or without
+    one if none has any. tokens: all that were drawn, also for chains that did not end.
     """
 
     answer: str | None
@@ -59,6 +62,7 @@ class Outcome:
     stopped: str
     strategy: str
     chain: Chain | None
+    tokens: int = 0
 
     def document(self) -> dict[str, Any]:
         """As JSON, without the chain's text."""
@@ -82,16 +86,17 @@ def parse_chain(index: int, text: str, tokens: int, seconds: float, reason: str,
 
 
 class Ballot:
-    """Chains and their votes. `limit`: chains there can be at most; `least`: none is decided before so many ended.
+    """Chains and their votes. `limit`: chains there can be at most; `least`: none is decided before so many ended;
+    `soft`: scores are log-probabilities or unbounded, votes weigh exp(score), scaled to a largest weight of 1.
 
     Plain numbers find their class at once. Other answers wait in `unplaced` until `place` says which earlier answer
     they equal, since finding out takes time; meanwhile equal texts vote together.
     """
 
-    def __init__(self, strategy: str, limit: int, least: int = 1) -> None:
+    def __init__(self, strategy: str, limit: int, least: int = 1, soft: bool = False) -> None:
         if strategy not in STRATEGIES:
             raise BadInput(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
-        self.strategy, self.limit, self.least = strategy, limit, least
+        self.strategy, self.limit, self.least, self.soft = strategy, limit, least, soft
         self.chains: list[Chain] = []
         self.unplaced: list[str] = []
         self.representatives: list[str] = []
@@ -126,24 +131,26 @@ class Ballot:
     def decided(self) -> bool:
         """Whether more chains need not be waited for.
 
-        majority: those still to come cannot change the answer. adaptive: under a uniform prior on the share of the
-        first among the votes of the first two, it is above one half with probability .95 (arXiv 2305.11860).
-        best_of_n and weighted are never decided early.
+        majority: those still to come cannot change the answer. adaptive: with a chance of at most .05 another answer
+        would lead, were there no end of them (`scale.adaptive`). best_of_n and weighted are never decided early.
         """
-        if len(self.chains) < self.least or self.strategy in ("best_of_n", "weighted") or self.unplaced:
+        if len(self.chains) < self.least or self.strategy in RANKED or self.unplaced:
             return False
-        counts = sorted((int(votes) for votes in self.totals().values()), reverse=True)
-        first, second = [*counts, 0, 0][:2]
+        counts = [int(votes) for votes in self.totals().values()]
+        first, second = sorted([*counts, 0, 0], reverse=True)[:2]
         if first - second > self.limit - len(self.chains):
             return True
-        return self.strategy == "adaptive" and first > 0 and sure(first, second) >= SURE
+        return self.strategy == "adaptive" and decided(counts, UNSURE)
 
     def outcome(self, seconds: float, stopped: str) -> Outcome:
         """The answer as things stand."""
         answers = [self.home(chain.answer) for chain in self.chains]
         scores = [chain.score for chain in self.chains]
+        if self.soft:
+            top = max((chain.score for chain in self.chains if chain.answer is not None), default=0.0)
+            scores = [math.exp(min(0.0, score - top)) for score in scores]
         totals, weights = vote_totals(answers), vote_totals(answers, scores)
-        by_score = self.strategy in ("best_of_n", "weighted")
+        by_score = self.strategy in RANKED
         winner = best_of_n(answers, scores, self.strategy == "weighted") if by_score else majority_vote(answers)
         ended = [chain for chain in self.chains if chain.finish_reason == STOP]
         voting = [(chain.score, -chain.index, chain) for chain in ended if self.home(chain.answer) == winner]
@@ -164,10 +171,9 @@ class Ballot:
         )
 
 
-def sure(first: int, second: int) -> float:
-    """P(p > 1/2) for p ~ Beta(first + 1, second + 1): the tail of a binomial with first + second + 1 fair throws."""
-    throws = first + second + 1
-    return float(sum(math.comb(throws, heads) for heads in range(first + 1)) / 2**throws)
+def default_strategy(judged: bool) -> str:
+    """What is done where nothing else is asked for: with a reward model its scores count, without one the votes."""
+    return "weighted" if judged else "majority"
 
 
 def find_equal(grader: Grader, representatives: Sequence[str], answer: str) -> str | None:

@@ -1,54 +1,51 @@
-"""From a request to its events: chains and their vote by a deadline, or plain completions. For asyncio."""
+"""Models that answer, and plain completions of theirs as events for asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from thinkfast.data.tokenizer import Tokenizer, load_tokenizer
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.live import CLOSED, COMPLETE, Closed, Drawn, Event, LiveEngine, Piece, Request
-from thinkfast.engine.sampling import DEADLINE, ERROR, STOP, SamplingParams
+from thinkfast.engine.live import CLOSED, COMPLETE, Closed, Event, LiveEngine, Piece, Request, Ticket
+from thinkfast.engine.sampling import DEADLINE, ERROR, STOP
 from thinkfast.errors import BadInput
 from thinkfast.model.checkpoint import load_model, read_config
-from thinkfast.scale.grade import Grader
-from thinkfast.serve.ballot import Ballot, Chain, Outcome, find_equal, parse_chain
-from thinkfast.serve.text import TextStream, cut_at_stop
+from thinkfast.serve.text import TextStream
 
-Scorer = Callable[[str, Sequence[str]], Sequence[float]]
-"""A reward model: a problem and completions of it to a score each. Called in a thread."""
 
-RESERVE, RESERVED_SHARE = 0.05, 0.1
-LATE = 0.4  # of the reserve, after which an engine that has not come back is not waited for
+class Spread:
+    """How long something takes at the worst: its running mean and four mean deviations (RFC 6298)."""
+
+    def __init__(self, guess: float) -> None:
+        self._mean, self._deviation = guess, guess / 2
+
+    @property
+    def seconds(self) -> float:
+        return self._mean + 4 * self._deviation
+
+    def note(self, seconds: float) -> None:
+        """Takes a measurement in."""
+        self._deviation += (abs(seconds - self._mean) - self._deviation) / 4
+        self._mean += (seconds - self._mean) / 8
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model that answers: its name, tokenizer and engine."""
+    """A model that answers: its name, tokenizer and engine.
+
+    hand: how long after a deadline the engine hands over what it has. tell: how long from an outcome to its last byte.
+    """
 
     name: str
     tokenizer: Tokenizer
     live: LiveEngine
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How to spend a budget. started, deadline: `time.monotonic()`. n: chains at most. scorer: a reward model."""
-
-    problem: str
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    strategy: str
-    n: int
-    started: float
-    deadline: float
-    min_samples: int = 1
-    stops: tuple[str, ...] = ()
-    scorer: Scorer | None = None
+    hand: Spread = field(default_factory=lambda: Spread(0.005))
+    tell: Spread = field(default_factory=lambda: Spread(0.002))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,71 +67,28 @@ def open_model(directory: Path, slots: int, capacity: int, name: str | None = No
     return Served(name or directory.resolve().name, tokenizer, LiveEngine(engine, capacity))
 
 
-def submit(served: Served, request: Request) -> tuple[Callable[[], None], asyncio.Queue[Event], Callable[[int], None]]:
-    """Hands a request to the engine's thread; returns how to cancel it, its events, and how to end one sample."""
+def submit(served: Served, request: Request, inbox: asyncio.Queue[Any]) -> Ticket:
+    """Hands a request to the engine's thread, which puts its events into the inbox. Raises EngineClosed."""
     loop = asyncio.get_running_loop()
-    inbox: asyncio.Queue[Event] = asyncio.Queue()
 
     def tell(event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             loop.call_soon_threadsafe(inbox.put_nowait, event)
 
     try:
-        ticket = served.live.submit(request, tell)
+        return served.live.submit(request, tell)
     except RuntimeError as error:
         raise EngineClosed(str(error)) from error
-    return ticket.cancel, inbox, ticket.end
 
 
 class EngineClosed(Exception):
     """The engine takes no more requests, or broke while it served this one."""
 
 
-async def vote(served: Served, plan: Plan, grader: Grader) -> AsyncGenerator[Chain | Outcome, None]:
-    """Yields chains as they end and, by the deadline, the outcome. Closing the iterator gives the slots back.
-
-    A little of the budget, 10 % and at most 50 ms, is kept back for the last answers and for what the caller does.
-    """
-    reserve = min(RESERVE, RESERVED_SHARE * (plan.deadline - plan.started))
-    until = plan.deadline - reserve
-    request = Request(plan.prompt, plan.params, plan.n, until, whole=True)
-    cancel, inbox, _ = submit(served, request)
-    ballot, stopped = Ballot(plan.strategy, plan.n, plan.min_samples), DEADLINE
-    news = asyncio.Event()
-    side = asyncio.create_task(_settle(ballot, grader, news))
-    try:
-        with contextlib.suppress(TimeoutError):
-            while True:
-                async with _until(until + LATE * reserve):
-                    event = await inbox.get()
-                if isinstance(event, Closed):
-                    stopped = "samples" if event.reason == COMPLETE else event.reason
-                    break
-                if isinstance(event, Drawn):
-                    async with _until(until + LATE * reserve):
-                        chain = await _chain(served, event, plan)
-                    ballot.add(chain)
-                    if ballot.unplaced:
-                        news.set()
-                    yield chain
-                    if ballot.decided():
-                        stopped = "decided"
-                        break
-        with contextlib.suppress(TimeoutError):
-            async with _until(until + LATE * reserve):
-                while ballot.unplaced and plan.strategy != "best_of_n":
-                    await asyncio.sleep(0.002)
-        if stopped not in (DEADLINE, "samples", "decided", CLOSED):
-            raise EngineClosed(stopped)
-        yield ballot.outcome(time.monotonic() - plan.started, stopped)
-    finally:
-        cancel()
-        side.cancel()
-
-
 async def complete(served: Served, request: Request, stops: Sequence[str]) -> AsyncGenerator[Delta, None]:
     """Yields what `n` choices say as they say it; each ends with a delta that has a reason, "stop" or "length"."""
-    cancel, inbox, end = submit(served, request)
+    inbox: asyncio.Queue[Event] = asyncio.Queue()
+    ticket = submit(served, request, inbox)
     streams = {index: TextStream(served.tokenizer, stops) for index in range(request.n)}
     try:
         while streams:
@@ -145,15 +99,12 @@ async def complete(served: Served, request: Request, stops: Sequence[str]) -> As
                 for index, stream in streams.items():
                     yield Delta(index, stream.end(), None, "length", stream.tokens)
                 return
-            if event.index not in streams:
-                continue
             stream = streams[event.index]
             if isinstance(event, Piece):
-                yield Delta(event.index, stream.push(event.token_ids), event)
-                if stream.stopped:
-                    end(event.index)
-                    del streams[event.index]
-                    yield Delta(event.index, "", None, "stop", stream.tokens)
+                if not stream.stopped:
+                    yield Delta(event.index, stream.push(event.token_ids), event)
+                    if stream.stopped:
+                        ticket.end(event.index)
                 continue
             del streams[event.index]
             sample = event.sample
@@ -163,35 +114,7 @@ async def complete(served: Served, request: Request, stops: Sequence[str]) -> As
             stopped = sample.finish_reason == STOP or stream.stopped
             yield Delta(event.index, rest, None, "stop" if stopped else "length", len(sample.token_ids))
     finally:
-        cancel()
-
-
-async def _chain(served: Served, event: Drawn, plan: Plan) -> Chain:
-    sample = event.sample
-    text, stopped = cut_at_stop(served.tokenizer.decode(list(sample.token_ids)), plan.stops)
-    reason = "stop" if stopped else sample.finish_reason
-    seconds = time.monotonic() - plan.started
-    chain = parse_chain(event.index, text, len(sample.token_ids), seconds, reason, sample.logprob_sum)
-    if plan.scorer is None or chain.answer is None:
-        return chain
-    (score,) = await asyncio.to_thread(plan.scorer, plan.problem, [text])
-    return Chain(event.index, text, chain.answer, chain.tokens, seconds, reason, score)
-
-
-async def _settle(ballot: Ballot, grader: Grader, news: asyncio.Event) -> None:
-    """Finds the classes of answers that are no plain numbers, one after the other, beside everything else."""
-    while await news.wait():
-        news.clear()
-        while ballot.unplaced:
-            answer = ballot.unplaced[0]
-            equal = await asyncio.to_thread(find_equal, grader, list(ballot.representatives), answer)
-            ballot.place(answer, equal)
-
-
-def _until(moment: float) -> asyncio.Timeout:
-    """A timeout at a moment of `time.monotonic()`."""
-    loop = asyncio.get_running_loop()
-    return asyncio.timeout_at(loop.time() + moment - time.monotonic())
+        ticket.cancel()
 
 
 def seconds_of(text: str) -> float:

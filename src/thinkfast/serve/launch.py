@@ -43,11 +43,13 @@ def serve_models(
     slots: int,
     limits: Limits,
     keys_file: Path | None = None,
+    reward: Path | None = None,
     log_prompts: bool = False,
 ) -> None:
     """Serves until SIGINT or SIGTERM; then takes nothing new and gives every open request 10 seconds to finish.
 
     What has not finished by then is answered with what it has. A second signal ends at once.
+    reward: a reward model that `best_of_n` and `weighted` rank by.
     Raises BadInput for a directory that is no model, a broken key file, a public address without keys, and an address
     that cannot be bound.
     """
@@ -56,6 +58,7 @@ def serve_models(
     from thinkfast.serve.app import create_app
     from thinkfast.serve.draw import open_model
     from thinkfast.serve.gate import JsonLines
+    from thinkfast.serve.judge import open_judge
     from thinkfast.serve.keys import load_keys
 
     if slots < 1:
@@ -75,7 +78,10 @@ def serve_models(
         for directory in directories:
             models.append(open_model(directory, slots, limits.prompt + limits.answer))
             stack.callback(models[-1].live.close)
-        app = create_app(models, limits, keys, log_prompts=log_prompts)
+        judge = None if reward is None else open_judge(reward)
+        if judge is not None:
+            stack.callback(judge.close)
+        app = create_app(models, limits, keys, judge, log_prompts)
         stack.callback(app.state.desk.grader.close)
         config = uvicorn.Config(
             app,

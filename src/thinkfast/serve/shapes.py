@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from thinkfast.data.tokenizer import Tokenizer
 from thinkfast.engine.live import Piece
 from thinkfast.engine.live import Request as Drawing
-from thinkfast.serve.ballot import Ballot, Chain, Outcome
-from thinkfast.serve.draw import Delta, Plan
+from thinkfast.serve.ballot import Chain, Outcome
+from thinkfast.serve.draw import Delta
+from thinkfast.serve.vote import Plan
 
 
 class ErrorFacts(BaseModel):
@@ -39,19 +40,22 @@ class Job:
         self.plan: Plan | None = None
         self.request: Drawing | None = None
         self.samples = self.tokens = 0
+        self.ended = 0.0
+        """When the outcome was known, on `time.monotonic()`."""
 
     def note(self, event: Chain | Outcome | Delta) -> None:
         """Counts what an event brings, for usage, figures and log."""
         if isinstance(event, Chain):
             self.samples, self.tokens = self.samples + 1, self.tokens + event.tokens
         elif isinstance(event, Outcome):
+            self.tokens, self.ended = event.tokens, time.monotonic()
             self.facts |= {"stopped": event.stopped, "answered": event.answer is not None}
         elif event.reason is not None:
             self.samples, self.tokens = self.samples + 1, self.tokens + event.tokens
         self.facts |= {"samples": self.samples, "completion_tokens": self.tokens}
 
     def usage(self) -> dict[str, int]:
-        """Tokens of the prompt and of every chain or choice."""
+        """Tokens of the prompt, and all that were drawn for it, also those of chains that did not end."""
         total = self.prompt_tokens + self.tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
 
@@ -70,7 +74,7 @@ class Writer:
         self._created = int(time.time())
         self._begun: set[int] = set()
         plan = job.plan
-        self._ballot = None if plan is None else Ballot(plan.strategy, plan.n, plan.min_samples)
+        self._ballot = None if plan is None else plan.ballot
 
     def whole(self, events: Sequence[Chain | Outcome | Delta]) -> dict[str, Any]:
         """The response when everything is there."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,12 +16,11 @@ Result = TypeVar("Result")
 
 
 class EventStream(Response):
-    """Sends lines as they come; closes their source as soon as the client is gone."""
+    """Sends lines as they come; closes their source as soon as the client is gone. `after` runs behind the last one."""
 
-    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
-        super().__init__(
-            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        )
+    def __init__(self, lines: AsyncGenerator[str, None], after: BackgroundTask | None = None) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(media_type="text/event-stream", headers=headers, background=after)
         del self.headers["content-length"]
         self._lines = lines
 
@@ -32,6 +32,8 @@ class EventStream(Response):
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
+                if self.background is not None:
+                    await self.background()
         finally:
             await _drop(writing, leaving)
 

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,11 @@ from thinkfast.errors import BadInput
 from thinkfast.records import Failed
 
 if TYPE_CHECKING:
+    from thinkfast.scale.grade import Grader
     from thinkfast.serve.ballot import Outcome
     from thinkfast.serve.draw import Served
+    from thinkfast.serve.judge import Judge
+    from thinkfast.serve.vote import Plan
 
 ROWS = 8
 Show = Callable[[str, float, list[dict[str, Any]], int], None]
@@ -33,19 +36,25 @@ class Settings:
     temperature: float = 0.8
     slots: int = 64
     seed: int = 0
+    reward: Path | None = None
 
 
-def settings(budget: str, strategy: str, n: int, temperature: float, slots: int, seed: int) -> Settings:
+def settings(
+    budget: str, strategy: str | None, n: int, temperature: float, slots: int, seed: int, reward: Path | None
+) -> Settings:
     """Checked settings of the command's options. Raises BadInput."""
     from thinkfast.engine.sampling import SamplingParams
-    from thinkfast.serve.ballot import Ballot
+    from thinkfast.serve.ballot import RANKED, Ballot, default_strategy
     from thinkfast.serve.draw import seconds_of
 
+    strategy = strategy or default_strategy(reward is not None)
     Ballot(strategy, n)
+    if reward is not None and strategy not in RANKED:
+        raise BadInput(f"strategy {strategy!r} uses no reward model, expected {' or '.join(RANKED)} with --reward")
     SamplingParams(temperature=temperature, seed=seed)
     if slots < 1:
         raise BadInput(f"slots is {slots}, expected 1 or more")
-    return Settings(seconds_of(budget), strategy, n, temperature, slots, seed)
+    return Settings(seconds_of(budget), strategy, n, temperature, slots, seed, reward)
 
 
 def solve_texts(directory: Path, texts: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
@@ -57,13 +66,17 @@ def solve_texts(directory: Path, texts: Sequence[str], settings: Settings) -> li
     from thinkfast.model.checkpoint import read_config
     from thinkfast.scale.grade import Grader
     from thinkfast.serve.draw import open_model
+    from thinkfast.serve.judge import open_judge
 
-    served = open_model(directory, settings.slots, read_config(directory).max_position_embeddings)
-    try:
-        with Grader(seconds=1.0) as grader:
-            return [_solve(served, text, settings, grader) for text in texts]
-    finally:
-        served.live.close()
+    with ExitStack() as stack:
+        judge = None
+        if settings.reward is not None:
+            judge = open_judge(settings.reward)
+            stack.callback(judge.close)
+        served = open_model(directory, settings.slots, read_config(directory).max_position_embeddings)
+        stack.callback(served.live.close)
+        grader = stack.enter_context(Grader(seconds=1.0))
+        return [_solve(served, text, settings, grader, judge) for text in texts]
 
 
 def read_texts(problem: str | None, path: Path | None) -> list[str]:
@@ -101,10 +114,12 @@ def _row_problem(path: Path, number: int, line: str) -> str:
     return text
 
 
-def _solve(served: Served, text: str, settings: Settings, grader: Any) -> dict[str, Any]:
+def _solve(served: Served, text: str, settings: Settings, grader: Grader, judge: Judge | None) -> dict[str, Any]:
     from thinkfast.data.chat import render_prompt
     from thinkfast.engine.sampling import SamplingParams
-    from thinkfast.serve.draw import EngineClosed, Plan
+    from thinkfast.serve.draw import EngineClosed
+    from thinkfast.serve.judge import JudgeFailed
+    from thinkfast.serve.vote import Plan
 
     prompt = tuple(render_prompt(served.tokenizer, text))
     room = served.live.capacity - len(prompt)
@@ -112,24 +127,26 @@ def _solve(served: Served, text: str, settings: Settings, grader: Any) -> dict[s
         raise BadInput(f"the problem has {len(prompt)} tokens, expected fewer than {served.live.capacity}")
     params = SamplingParams(room, settings.temperature, seed=settings.seed)
     now = time.monotonic()
-    plan = Plan(text, prompt, params, settings.strategy, settings.n, now, now + settings.budget)
+    plan = Plan(text, prompt, params, settings.strategy, settings.n, now, now + settings.budget, judge=judge)
     try:
         with _display(text, settings.budget) as show:
             outcome = asyncio.run(_watch(served, plan, grader, show))
     except EngineClosed as error:
         raise Failed(f"the engine stopped: {error}") from None
+    except JudgeFailed as error:
+        raise Failed(f"the reward model failed: {error}") from None
     found = outcome.document()
     print(in_words(found), file=sys.stdout, flush=True)
     chain = "" if outcome.chain is None else outcome.chain.text
     return {"problem": text, **found, "chain": chain}
 
 
-async def _watch(served: Served, plan: Any, grader: Any, show: Show) -> Outcome:
+async def _watch(served: Served, plan: Plan, grader: Grader, show: Show) -> Outcome:
     """Draws until the outcome, and shows the vote ten times a second while it does."""
-    from thinkfast.serve.ballot import Ballot, Chain
-    from thinkfast.serve.draw import vote
+    from thinkfast.serve.ballot import Chain
+    from thinkfast.serve.vote import vote
 
-    ballot = Ballot(plan.strategy, plan.n, plan.min_samples)
+    ballot = plan.ballot
 
     async def tick() -> None:
         while True:

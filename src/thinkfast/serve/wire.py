@@ -20,7 +20,7 @@ def _unicode(text: str) -> str:
 
 
 Words = Annotated[str, AfterValidator(_unicode)]
-Text = Annotated[Words, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
 Strategy = Literal["majority", "best_of_n", "weighted", "adaptive"]
 Neutral = Annotated[float, Field(ge=0, le=0)]
 
