@@ -113,10 +113,14 @@ def distill_model(
 
     Returns what the student's run.json notes: the KL divergence, alignment errors, tokens and seconds.
     """
+    from thinkfast import forecast
+
     teacher_dir = teacher_directory(str(teacher))
     _require_files(text.path)
     text_sources(text)
     with _alone_or_together(out, say) as stages:
+        recipe = Recipe(teacher=Teacher(path=str(teacher)), student=(student,), compute=compute)
+        forecast.check_here(recipe)
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
         make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages, watch, compute=compute)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]

@@ -58,6 +58,7 @@ class TextSource(Section):
     split: str = "train"
     config: str | None = None
     text: str = "text"
+    solution: str = "solution"
 
 
 class Text(Section):
