@@ -89,7 +89,7 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for place in map(teacher_directory, given.models):
         model, tokenizer = load_model(place), load_tokenizer(place)
-        problems = generate(11, given.problems, "test", (1, 2, 3))
+        problems = generate(11, given.problems, "held-out", (2, 4, 6))
         prompts = [render_prompt(tokenizer, problem.problem) for problem in problems]
         ways = found[place.resolve().name] = {}
         for way, (weights, kv) in WAYS.items():
