@@ -77,7 +77,7 @@ def measure(model: Decoder, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures every pair in turn; prints a table, writes JSON."""
+    """Measures, prints and stores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="model directories or 'bundled'")
     parser.add_argument("--repeats", type=int, default=9)
