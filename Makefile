@@ -5,7 +5,7 @@ COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-scale compat llama harness load package docs clean
+.PHONY: help demo test lint types bench bench-scale compat llama llamba harness load package docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -23,10 +23,17 @@ lint: $(VENV)/.dev-installed  ## ruff
 types: $(VENV)/.dev-installed  ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo-installed  ## tokens per second of teacher, hybrid and pure student over batch and context
+RESULTS := benchmarks/results
+SHAPE := random:smollm2-135m
+bench: $(VENV)/.dev-installed  ## decoding and feeding prompts, ours and transformers', beside the machine's limit: JSON and figures
 	$(BIN)/thinkfast convert bundled runs/bench/pure >/dev/null
 	$(BIN)/thinkfast convert bundled runs/bench/hybrid --attention 1 >/dev/null
-	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --out benchmarks/results/decode.json
+	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --batches 128 --contexts 128,1000,4096 --out $(RESULTS)/decode.json
+	$(BIN)/thinkfast bench runs/bench/pure --batches 128 --contexts 128,512,2048,8192 --out $(RESULTS)/decode-flat.json
+	$(BIN)/thinkfast bench bundled --batches 128 --contexts 1000 --backends native,transformers --out $(RESULTS)/decode-transformers.json
+	$(BIN)/thinkfast bench bundled runs/bench/pure --batches 64 --contexts 600 --shared 0,512 --prompts 512 --out $(RESULTS)/decode-shared.json
+	$(BIN)/thinkfast bench $(SHAPE) $(SHAPE)-hybrid $(SHAPE)-pure --batches 32 --contexts 256,1000 --out $(RESULTS)/decode-135m.json
+	$(BIN)/python benchmarks/compile_or_cpp.py bundled runs/bench/pure --out $(RESULTS)/compile-or-cpp.json
 
 compat: $(VENV)/.dev-installed  ## exports in transformers 5.16 and 4.57, each in an environment of its own
 	for version in $(COMPAT); do \
@@ -38,6 +45,12 @@ compat: $(VENV)/.dev-installed  ## exports in transformers 5.16 and 4.57, each i
 llama: $(VENV)/.dev-installed  ## exports in llama.cpp itself, which is compiled for it (some minutes)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[llama]"
 	$(BIN)/pytest -m llama tests/export
+
+llamba: $(VENV)/.dev-installed  ## Llamba checkpoints in their public implementation (cartesia-mlx, on mlx for CPUs)
+	test -x .venv-llamba/bin/python || $(PYTHON) -m venv .venv-llamba
+	.venv-llamba/bin/python -m pip install -q "mlx[cpu]" transformers requests
+	.venv-llamba/bin/python -m pip install -q --no-deps cartesia-mlx==0.0.2
+	THINKFAST_LLAMBA=.venv-llamba/bin/python $(BIN)/pytest -m llamba tests/model
 
 harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on transformers: same scores
 	test -x .venv-harness/bin/python || $(PYTHON) -m venv .venv-harness
@@ -60,7 +73,7 @@ docs: $(VENV)/.dev-installed  ## the documentation site in site/
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what make and the tests wrote, but no runs
-	rm -rf $(VENV) .venv-compat .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-compat .venv-llamba .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in before whatever depends on it, so that a build chosen by TORCH or by pip's settings stays.

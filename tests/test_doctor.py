@@ -30,9 +30,9 @@ def test_the_self_test_names_a_broken_teacher(tmp_path: Path) -> None:
 
 def test_the_self_test_sees_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(backends.NativeBackend):
-        def __init__(self, model: Decoder, kv_dtype: str) -> None:
+        def __init__(self, model: Decoder, kv_dtype: str, weights: str) -> None:
             model.layers[0].mixer.A_log.data += 1.0  # type: ignore[union-attr,operator]
-            super().__init__(model, kv_dtype)
+            super().__init__(model, kv_dtype, weights)
 
     monkeypatch.setattr(backends, "NativeBackend", Wrong)
     finding = self_test(TEACHER)

@@ -16,12 +16,16 @@ FLOORS = {
     "report": 5,
     "serve": 5,
     "results": 5,
+    "ranking": 6,
     "rewards": 6,
     "retention": 6,
     "spending": 6,
     "doctor": 5,
     "harness": 5,
-    "stages": 5,
+    "plugin": 5,
+    "stages": 4,
+    "students": 5,
+    "forecast": 5,
     "scale": 4,
     "distill": 4,
     "bench": 4,
@@ -32,8 +36,10 @@ FLOORS = {
     "data": 2,
     "ops": 1,
     "errors": 1,
+    "ranks": 1,
     "records": 1,
     "recipe": 1,
+    "sections": 1,
     "runtime": 1,
     "progress": 1,
 }
@@ -89,8 +95,14 @@ def test_distillation_and_the_engine_do_not_know_each_other() -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p).split(".")[0] in LEAN], ids=name_of)
 def test_the_lean_rooms_need_torch_numpy_and_safetensors_alone(path: Path) -> None:
     outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"thinkfast"}
-    assert outside <= {"torch", "numpy", "safetensors"}
+    kernels = {"triton"} if name_of(path).startswith("ops.triton") else set()
+    assert outside <= {"torch", "numpy", "safetensors"} | kernels
     assert rooms(path) <= {*LEAN, "errors"}
+
+
+def test_nothing_loads_triton_before_a_model_stands_on_a_gpu() -> None:
+    program = "import sys, thinkfast.engine.engine, thinkfast.model.decoder; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p).startswith(WITHOUT_TORCH)], ids=name_of)

@@ -125,16 +125,31 @@ def test_same_scores_as_the_hugging_face_model(
             assert str(greedy) == str(their_greedy)
 
 
+def run(program: list[str], student: Path, tasks: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    arguments = ["--model", "thinkfast", "--model_args", f"path={student}", "--tasks", "made_choice", "--limit", "3"]
+    arguments += ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(out)]
+    return subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_harness_finds_the_plug_in(student: Path, tasks: Path, tmp_path: Path) -> None:
+    """Its own program, in an environment in which thinkfast is installed and nothing else is done."""
+    pytest.importorskip("lm_eval")
+    program = Path(sys.executable).with_name("lm_eval")
+    assert program.is_file(), "lm_eval is installed without its program"
+    done = run([str(program)], student, tasks, tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "thinkfast" in done.stdout
+    assert "made_choice" in done.stdout
+    assert list(tmp_path.glob("out*.json"))
+
+
 def test_the_command_line(student: Path, tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    arguments = ["--model", "thinkfast", "--model_args", f"path={student}", "--tasks", "made_choice", "--limit", "3"]
-    arguments += ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tmp_path / "out.json")]
     program = [sys.executable, "-m", "thinkfast.harness"]
-    done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
+    done = run(program, student, tasks, tmp_path / "out.json")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "made_choice" in done.stdout
-    arguments[3] = f"path={tmp_path}/nothing"
-    done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
+    done = run(program, tmp_path / "nothing", tasks, tmp_path / "out.json")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"thinkfast: {tmp_path}/nothing/tokenizer.json: no tokenizer there"
 

@@ -74,7 +74,11 @@ def test_overrides_win_and_later_ones_last(path: Path) -> None:
         ("sample.n=1.5", "sample.n: input should be a valid integer, not 1.5"),
         ("sample.n=true", "sample.n: input should be a valid integer, not true"),
         ("sample.top_p=1.5", "sample.top_p: input should be less than or equal to 1, not 1.5"),
-        ("distill.loss='kl'", "distill.loss: input should be 'forward_kl', 'reverse_kl', 'jsd' or 'cross_entropy'"),
+        (
+            "distill.loss='kl'",
+            "distill.loss: input should be 'forward_kl', 'reverse_kl', 'jsd', 'skew_kl', 'skew_reverse_kl' "
+            "or 'cross_entropy'",
+        ),
         ("student.0.name='teacher'", "student name 'teacher' is used twice"),
         ("student.0.name='a/b'", "student.0.name: string should match pattern"),
         ("compare.baseline='x'", "compare.baseline 'x' is not one of teacher, pure, hybrid"),

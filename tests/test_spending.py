@@ -55,6 +55,36 @@ def test_compare_tells_front_crossings_speed_ups_and_dollars(
     assert "price = 0" in capsys.readouterr().err
 
 
+def test_grading_and_reward_seconds_go_into_the_clock_when_asked(
+    pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every score took as long as drawing the sample: half as many are there at any time."""
+    for place, source in enumerate(pair):
+        rows = [
+            records.RewardRow(json.loads(line)["id"], index, 0.0, "[]", 0.0199 / (place + 1))
+            for line in Path(source).read_text().splitlines()
+            for index in range(8)
+        ]
+        records.append_rows(tmp_path / f"r{place}", rows, records.RewardRow)
+    scored = ["--rewards", str(tmp_path / "r0"), "--rewards", str(tmp_path / "r1")]
+    command = ["compare", *pair, *scored, "--from", "0.04", "--to", "0.08", "--points", "2", "--json"]
+    assert main(command) == 0
+    without = last(capsys)
+    assert main([*command, "--count", "rewards"]) == 0
+    counted = last(capsys)
+    assert counted["in_the_clock"] == ["sampling", "rewards"]
+    assert without["by_time"]["slow"]["samples"] == [2, 4]
+    assert counted["by_time"]["slow"]["samples"] == [1, 2]
+    assert counted["by_time"]["fast"]["samples"] == [2, 4]
+    assert main([*command, "--count", "grading"]) == 0
+    graded = last(capsys)["by_time"]["slow"]["samples"]
+    assert graded[1] <= 4
+    assert main([*command, "--count", "naps"]) == 2
+    assert "count 'naps': expected grading or rewards" in capsys.readouterr().err
+    assert main(["compare", *pair, "--count", "rewards"]) == 2
+    assert "--rewards is needed" in capsys.readouterr().err
+
+
 def test_adapt_and_plan_tell_what_they_foresee(
     pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,8 +93,14 @@ def test_adapt_and_plan_tell_what_they_foresee(
     assert found == records.read_json(tmp_path / "a.json")
     assert len(found["models"]["slow"]["adaptive"]) == len(found["seconds"])
     assert main(["plan", *pair, "--pilot", "4", "--ks", "2,8,32", "--json"]) == 0
-    row = last(capsys)["models"]["slow"]
-    assert row["observed"]["k"] == [2, 8]
+    document = last(capsys)
+    row = document["models"]["slow"]
+    assert row["observed"]["k"] == [1, 2, 3, 4]  # of the four samples that the fit has not seen
+    assert set(row["score"]["majority"]) == {"error", "inside"}
+    assert row["score"]["coverage"]["error"] < 0.2
+    assert [entry["k"] for entry in row["budgets"]] == sorted(entry["k"] for entry in row["budgets"])
+    assert {entry["coverage"]["model"] for entry in document["best"]} <= {"slow", "fast"}
+    assert document["best"][0]["seconds"] < 0.02 < document["best"][-1]["seconds"]
     assert row["coverage"]["low"][1] <= row["coverage"]["mean"][1] <= row["coverage"]["high"][1]
     assert row["seconds"][1] == pytest.approx(8 * 0.02, rel=0.01)
     assert main(["plan", *pair, "--pilot", "9"]) == 2
@@ -133,3 +169,34 @@ def test_two_models_in_one_command_take_turns(
 def test_overlap_is_told(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["overlap", *pair]) == 0
     assert capsys.readouterr().out == f"16 of 16 problems of {pair[0]} stand in {pair[1]}\n"
+
+
+def test_open_ended_prompts_have_best_of_n_curves(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From prompts without answers to curves of the best reward, with a small preference model of the stock layout."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tiny_teacher)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=len(tokenizer), num_labels=1, pad_token_id=0)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"problem": f"Ava has {n} eggs."}) + "\n" for n in range(4)))
+    drawn, scored, curves = tmp_path / "drawn", tmp_path / "scored", tmp_path / "curves.json"
+    command = ["sample", str(tiny_teacher), str(prompts), str(drawn), "--n", "4", "--max-tokens", "8", "--slots", "4"]
+    assert main(command) == 2
+    assert "row 1: answer: expected text" in capsys.readouterr().err
+    assert main([*command, "--open-ended"]) == 0
+    assert main(["reward", str(tmp_path / "judge"), str(drawn), str(scored), "--problems", str(prompts)]) == 0
+    asked = ["compare", str(drawn), "--problems", str(prompts), "--rewards", str(scored), "--open-ended", "--json"]
+    span = ["--from", "0.0001", "--to", "60", "--ks", "1,2,4", "--price", "3", "--out", str(curves)]
+    assert main([*asked, *span, "--count", "rewards"]) == 0
+    found = last(capsys)
+    assert found == records.read_json(curves)
+    rewards = records.read_rewards(scored)
+    best = [max(r.reward for r in rewards if r.problem_id == str(n)) for n in range(1, 5)]
+    assert found["by_time"]["drawn"]["reward"]["mean"][-1] == pytest.approx(sum(best) / 4)
+    assert found["by_k"]["drawn"]["reward"]["mean"][-1] == pytest.approx(sum(best) / 4)
+    assert found["by_k"]["drawn"]["reward"]["mean"] == sorted(found["by_k"]["drawn"]["reward"]["mean"])
+    assert (found["in_the_clock"], len(found["dollars"])) == (["sampling", "rewards"], 40)

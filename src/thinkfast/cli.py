@@ -19,13 +19,13 @@ from thinkfast.options import (
     Init,
     Json,
     Model,
+    OpenEnded,
     Out,
     Overrides,
     ProblemsFile,
     Reward,
     Rewards,
     Seed,
-    Solved,
     Source,
     Sources,
     finish,
@@ -80,7 +80,8 @@ def convert(
 ) -> None:
     """Turn a teacher into an untrained student and show where every tensor comes from."""
     from thinkfast import stages
-    from thinkfast.recipe import Student, section
+    from thinkfast.recipe import section
+    from thinkfast.sections import Student
 
     student = section(Student, {"name": "student", "attention": numbers(attention), "init": init, "seed": seed})
     print(stages.convert_model(stages.teacher_directory(str(teacher)), student, data, out))
@@ -88,20 +89,51 @@ def convert(
 
 @app.command()
 def distill(
-    teacher: Model,
-    data: Solved,
-    out: Annotated[Path, typer.Argument(help="A directory: the corpus and the student go there.")],
+    teacher: Annotated[Path, typer.Argument(help="A stock model directory, 'bundled', or a recipe (TOML) for all.")],
+    data: Annotated[Path | None, typer.Argument(help="Rows with problem, answer and solution, or a corpus.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="A directory: the corpus and the student go there.")] = None,
     attention: Attention = "",
     overrides: Overrides = None,
+    plan: Annotated[str | None, typer.Option(metavar="GPUS", help="Only tell what it takes, on e.g. 8xH100.")] = None,
     json_: Json = False,
 ) -> None:
-    """Convert, align and distil one student. --set takes a recipe's keys: align.*, distill.*, corpus.*, student.0.*."""
+    """Convert, align and distil one student of a teacher (TEACHER DATA OUT), or those of a recipe (RECIPE [OUT]).
+
+    --set takes a recipe's keys: align.*, distill.*, corpus.*, student.0.*. Under torchrun on all of its processes.
+    """
     from thinkfast import pipeline
     from thinkfast.recipe import with_overrides
 
+    if teacher.suffix == ".toml":
+        finish(pipeline.distill_recipe(teacher, data, overrides or [], plan), json_)
+        return
+    if data is None or out is None:
+        raise BadInput(f"distill {teacher}: expected TEACHER DATA OUT, or a recipe that ends in .toml")
     raw = {"student": [{"name": "student", "attention": numbers(attention)}], "corpus": {"path": str(data)}}
     recipe = with_overrides(raw, "distill", overrides or [])
-    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out), json_)
+    if plan is not None:
+        finish(pipeline.plan_recipe(recipe, teacher, plan), json_)
+        return
+    watch, compute = recipe.watch, recipe.compute
+    finish(pipeline.distill_model(teacher, recipe.corpus, recipe.student[0], out, print, watch, compute), json_)
+
+
+@app.command(name="rank-layers")
+def rank_layers(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: its teacher, corpus, base and distillation.")],
+    out: Annotated[Path, typer.Argument(help="A directory: ranking.json and what it was measured on go there.")],
+    method: Annotated[str, typer.Option(help="uniform, kl, kl-trained or answers.")] = "kl",
+    overrides: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Rank which layers should stay attention; students read it with ranking = ".../ranking.json" and keep = 1."""
+    from thinkfast import ranking
+    from thinkfast.recipe import load_recipe
+
+    document = ranking.rank_layers(load_recipe(recipe, overrides or []), method, out)
+    for keep, layers in document["choices"].items():
+        print(f"keep {keep}: layers {', '.join(map(str, layers))}")
+    finish(document, json_)
 
 
 @app.command()
@@ -120,7 +152,15 @@ def sample(
     shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    open_ended: OpenEnded = False,
+    stop_error: Annotated[
+        float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
+    ] = None,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="auto, transformers, vllm, or an OpenAI-style http://… address.")
+    ] = "auto",
+    draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead, for few slots.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -129,10 +169,11 @@ def sample(
     from thinkfast.recipe import SampleSettings, section
 
     values: dict[str, Any] = {"n": n, "seconds": seconds, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "seed": seed}
+    values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
+    given = (asked, ray, skip_bad, not open_ended, backend, draft)
+    finish(pipeline.sample_files(models, problems, settings, out, *given), json_)
 
 
 @app.command()
@@ -162,6 +203,8 @@ def compare(
     points: Annotated[int, typer.Option(help="Points between them.")] = 40,
     rewards: Rewards = None,
     price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
+    count: Annotated[list[str] | None, typer.Option(help="grading, rewards: their seconds are in the clock.")] = None,
+    open_ended: OpenEnded = False,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -171,7 +214,8 @@ def compare(
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price)
+    compare_them = spending.compare_rewards if open_ended else spending.compare_sources
+    document = compare_them(sources, problems, settings, out, rewards or [], price, count or [])
     print("\n".join(spending.in_words(document)))
     finish(document, json_)
 
@@ -190,9 +234,15 @@ def report(
 
 @app.command()
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="Model directories, run directories, or 'bundled'.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="Model or run directories, 'bundled', or shapes such as random:smollm2-135m-pure."),
+    ],
     batches: Annotated[str, typer.Option(help="Completions decoded at once.")] = "1,16,128",
     contexts: Annotated[str, typer.Option(help="Tokens behind each of them.")] = "64,256,1000",
+    backends: Annotated[str, typer.Option(help="Of auto, native, torch, transformers, llama.cpp.")] = "auto",
+    shared: Annotated[str, typer.Option(help="How many of those tokens are one prompt for all.")] = "0",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts to feed, none by default.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="A file for the document; RUN/bench.json goes into RUN's report.")
     ] = None,
@@ -202,7 +252,9 @@ def bench(
     from thinkfast import pipeline
     from thinkfast.recipe import Bench, section
 
-    settings = section(Bench, {"batches": numbers(batches), "contexts": numbers(contexts)})
+    asked = {"batches": batches, "contexts": contexts, "shared": shared, "prompts": prompts}
+    given = {name: numbers(text) if text else () for name, text in asked.items()}
+    settings = section(Bench, {**given, "backends": tuple(backends.split(","))})
     finish(pipeline.bench_file(models, settings, out), json_)
 
 

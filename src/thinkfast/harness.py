@@ -1,9 +1,9 @@
 """thinkfast as a model of the Language Model Evaluation Harness (`lm_eval`), under the name `thinkfast`.
 
-Importing this module registers it. The harness looks for no plug-ins by itself, so its command line is started from
-here, with all of its own arguments:
+    lm_eval --model thinkfast --model_args path=runs/demo/models/hybrid --tasks gsm8k
 
-    thinkfast-lm-eval --model thinkfast --model_args path=runs/demo/models/hybrid --tasks gsm8k
+The installed package registers it (`plugin.py`), and so does importing this module. `thinkfast-lm-eval` is the same
+command line, in which bad input is one line.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Where everything goes, by default runs/ and the recipe's name.")]
 Model = Annotated[Path, typer.Argument(help="A stock model directory, or 'bundled'.")]
-Solved = Annotated[Path, typer.Argument(help="JSONL or Parquet rows with problem, answer and solution.")]
 Attention = Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1,3; by default none.")]
 Init = Annotated[str, typer.Option(help="New mixers start from 'attention' or 'random'.")]
 Seed = Annotated[int, typer.Option(help="Fixes every random number.")]
@@ -26,6 +25,7 @@ Reward = Annotated[
     Path | None, typer.Option("--reward", help="A verifier of train-reward, or a published reward model.")
 ]
 Rewards = Annotated[list[Path] | None, typer.Option("--rewards", help="Rewards of the sources, in their order.")]
+OpenEnded = Annotated[bool, typer.Option("--open-ended", help="Prompts without a right answer.")]
 ProblemsFile = Annotated[Path | None, typer.Option("--problems", help="What a directory of samples answers.")]
 
 

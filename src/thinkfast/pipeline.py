@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from thinkfast import progress, records, results
+from thinkfast import progress, ranks, records, results
 from thinkfast.data.chat import PROMPTS, Prompt, named_prompt
-from thinkfast.data.problems import Problem
+from thinkfast.data.problems import Problem, refuse
 from thinkfast.data.sets import open_problems
 from thinkfast.errors import BadInput
-from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Student, Text, dump_recipe, load_recipe
-from thinkfast.stages import Say, Stages, copy_teacher, make_corpus, make_problems, make_student, teacher_directory
+from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Teacher, Text, dump_recipe, load_recipe
+from thinkfast.sections import Compute, Student, Watching
+from thinkfast.stages import (
+    Say,
+    Stages,
+    copy_teacher,
+    layer_plan,
+    make_corpus,
+    make_problems,
+    teacher_directory,
+    text_sources,
+)
+from thinkfast.students import make_base, make_student
+
+UNWATCHED, ON_ONE = Watching(answers=0), Compute()
 
 
 def run_file(path: Path, out: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +46,8 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
     Failed when a stage cannot go on.
     """
     source = teacher_directory(recipe.teacher.path)
-    _require_files(recipe.problems.path, recipe.corpus.path)
+    _require_files(recipe.problems.path, recipe.corpus.path, *(student.ranking for student in recipe.student))
+    text_sources(recipe.corpus)
     with records.locked(out):
         if not (out / "recipe.toml").exists():
             records.write_text(out / "recipe.toml", dump_recipe(recipe))
@@ -41,8 +56,12 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
         teacher = copy_teacher(source, out / "models" / TEACHER, stages)
         check_fit(recipe, teacher, problems)
         corpus = make_corpus(recipe.corpus, teacher, out / "corpus", stages)
+        base = None
+        if recipe.base is not None:
+            base = make_base(recipe.base, teacher, corpus, recipe.corpus.held_out, out / "base", stages, recipe.watch)
         for student in recipe.student:
-            make_student(student, teacher, corpus, recipe.corpus.held_out, out / "models" / student.name, stages)
+            place = out / "models" / student.name
+            make_student(student, teacher, corpus, recipe.corpus.held_out, place, stages, recipe.watch, base)
         for name in recipe.models:
             _sample(recipe, name, problems, out, stages)
         _bench(recipe, out, stages)
@@ -59,7 +78,7 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
 def _require_files(*paths: str | None) -> None:
     """Refuses missing files before anything is written."""
     for path in paths:
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).is_file() and not (Path(path) / "corpus.json").is_file():
             raise BadInput(f"{path}: no such file")
 
 
@@ -68,12 +87,11 @@ def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
     from thinkfast.data.chat import render_prompt
     from thinkfast.data.tokenizer import load_tokenizer
     from thinkfast.model.checkpoint import read_config
-    from thinkfast.student.plan import LayerPlan
 
     config, tokenizer = read_config(teacher), load_tokenizer(teacher)
     for student in recipe.student:
         try:
-            LayerPlan(student.attention, student.init).student_config(config)
+            layer_plan(student).student_config(config)
         except BadInput as error:
             raise BadInput(f"student {student.name}: {error}") from None
     longest = max(len(render_prompt(tokenizer, problem.problem)) for problem in problems)
@@ -82,18 +100,82 @@ def check_fit(recipe: Recipe, teacher: Path, problems: list[Problem]) -> None:
         raise BadInput(f"sample.max_tokens {recipe.sample.max_tokens}: the longest prompt leaves room for {room}")
 
 
-def distill_model(teacher: Path, text: Text, student: Student, out: Path, say: Say = print) -> dict[str, Any]:
+def distill_model(
+    teacher: Path,
+    text: Text,
+    student: Student,
+    out: Path,
+    say: Say = print,
+    watch: Watching = UNWATCHED,
+    compute: Compute = ON_ONE,
+) -> dict[str, Any]:
     """Makes one student of a teacher from a file of problems with solutions: `out/corpus`, then `out/<its name>`.
 
     Returns what the student's run.json notes: the KL divergence, alignment errors, tokens and seconds.
     """
-    stages, teacher_dir = Stages(say), teacher_directory(str(teacher))
+    from thinkfast import forecast
+
+    teacher_dir = teacher_directory(str(teacher))
     _require_files(text.path)
-    with records.locked(out):
+    text_sources(text)
+    with _alone_or_together(out, say) as stages:
+        recipe = Recipe(teacher=Teacher(path=str(teacher)), student=(student,), compute=compute)
+        forecast.check_here(recipe)
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
-        make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages)
+        make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages, watch, compute=compute)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]
     return notes
+
+
+def distill_recipe(path: Path, out: Path | None, overrides: Sequence[str], gpus: str | None) -> dict[str, Any]:
+    """Makes all students of a recipe, on as many processes as torchrun started; nothing is sampled.
+
+    With `gpus` it only tells what that takes. Returns the plan, or what the students' run.json note.
+    """
+    from thinkfast import forecast
+
+    recipe = load_recipe(path, overrides)
+    if gpus is not None:
+        return forecast.tell_plan(recipe, gpus)
+    return distill_students(recipe, out or Path("runs") / path.stem)
+
+
+def distill_students(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Makes all students of a recipe: `out/corpus`, `out/base`, then `out/models/<name>` each."""
+    from thinkfast import forecast
+
+    _require_files(recipe.corpus.path, *(student.ranking for student in recipe.student))
+    text_sources(recipe.corpus)
+    teacher_dir, held_out = teacher_directory(recipe.teacher.path), recipe.corpus.held_out
+    watch, how = recipe.watch, recipe.compute
+    with _alone_or_together(out, print) as stages:
+        forecast.check_here(recipe)
+        corpus, base = make_corpus(recipe.corpus, teacher_dir, out / "corpus", stages), None
+        if recipe.base is not None:
+            base = make_base(recipe.base, teacher_dir, corpus, held_out, out / "base", stages, watch, how)
+        for student in recipe.student:
+            place = out / "models" / student.name
+            make_student(student, teacher_dir, corpus, held_out, place, stages, watch, base, how)
+    names = [student.name for student in recipe.student]
+    return {name: (records.read_record(out / "models" / name) or {})["notes"] for name in names}
+
+
+def plan_recipe(recipe: Recipe, teacher: Path, gpus: str) -> dict[str, Any]:
+    """Tells what a recipe takes with another teacher."""
+    from thinkfast import forecast
+
+    return forecast.tell_plan(recipe.model_copy(update={"teacher": Teacher(path=str(teacher))}), gpus)
+
+
+@contextmanager
+def _alone_or_together(out: Path, say: Say) -> Iterator[Stages]:
+    """Stages in `out` by this process, or by all that torchrun started; the first of them holds the directory."""
+    with ranks.gathered() as team:
+        if team.rank:
+            yield Stages(lambda line: None)
+            return
+        with records.locked(out):
+            yield Stages(say)
 
 
 def _sample(recipe: Recipe, name: str, problems: list[Problem], out: Path, stages: Stages) -> None:
@@ -124,19 +206,28 @@ def sample_files(
     prompt: Prompt = PROMPTS["plain"],
     workers: int = 0,
     skip_bad: bool = False,
+    answers: bool = True,
+    backend: str = "auto",
+    draft: Path | None = None,
 ) -> dict[str, Any]:
-    """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`."""
+    """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`.
+
+    answers: False for prompts that have no right answer.
+    """
     from thinkfast.scale.sample import sample_model
 
     told: dict[str, Any] = {}
     directories = {path.resolve().name: path for path in (teacher_directory(str(model)) for model in models)}
     if len(directories) < len(models):
         raise BadInput(f"{', '.join(map(str, models))}: two models have one name")
-    asked = open_problems(problems, lambda line: print(line, file=sys.stderr)) if skip_bad else open_problems(problems)
+    complain = (lambda line: print(line, file=sys.stderr)) if skip_bad else refuse
+    asked = open_problems(problems, complain, answers)
     for name, directory in directories.items():
         place = out / name if len(models) > 1 else out
         with progress.bar(f"{name}: sample", 1.0) as update:
-            drawn = sample_model(directory, asked, settings, place, None, update, prompt, workers)
+            guesses = None if draft is None else teacher_directory(str(draft))
+            given = (update, prompt, workers, backend, guesses)
+            drawn = sample_model(directory, asked, settings, place, None, *given)
         words = f"{drawn.samples:,} samples in {drawn.seconds:.1f} s of clock, {drawn.tokens_per_second:,.0f} tokens/s"
         print(words if len(models) == 1 else f"{name}: {words}")
         told[name] = {**asdict(drawn), "tokens_per_second": drawn.tokens_per_second}
@@ -146,27 +237,47 @@ def sample_files(
 def bench_models(models: Sequence[Path], settings: Bench) -> dict[str, Any]:
     """Decoded tokens per second of stock models, each called by its directory; every model of a run directory."""
     from thinkfast.bench.decode import decode_speeds
+    from thinkfast.bench.shapes import PREFIX, random_model
     from thinkfast.model.checkpoint import load_model
 
-    found: dict[str, Path] = {}
+    found: dict[str, Path | str] = {}
     for path in models:
+        if str(path).startswith(PREFIX):
+            found[str(path).removeprefix(PREFIX)] = str(path)
+            continue
         inside = sorted((path / "models").glob("*/config.json"))
         for directory in [config.parent for config in inside] or [teacher_directory(str(path))]:
             if directory.name in found:
                 raise BadInput(f"{directory}: two models are called {directory.name!r}")
             found[directory.name] = directory
-    loaded = {name: load_model(directory) for name, directory in found.items()}
-    return dict(decode_speeds(loaded, settings.batches, settings.contexts))
+    loaded = {n: random_model(place) if isinstance(place, str) else load_model(place) for n, place in found.items()}
+    return dict(
+        decode_speeds(
+            loaded,
+            settings.batches,
+            settings.contexts,
+            backend=settings.backends,
+            shared=settings.shared,
+            prompts=settings.prompts,
+        )
+    )
 
 
 def bench_file(models: Sequence[Path], settings: Bench, out: Path | None) -> dict[str, Any]:
-    """`bench_models`, told as a table and stored in `out` where given."""
+    """`bench_models`, told as a table and stored in `out` where given, with a figure beside it."""
     document = bench_models(models, settings)
     for row in document["rows"]:
         place = f"{row['model']:<12} batch {row['batch']:>4}  context {row['context']:>5}"
+        place += f" ({row['shared']} shared)" if row["shared"] else ""
+        print(f"{place}  {row['tokens_per_second']:>9,.0f} tokens/s  {row['share']:>4.0%} of the machine's limit")
+    for row in document["prefill"]:
+        place = f"{row['model']:<12} {row['prompts']:>3} prompts of {row['length']:>5}"
         print(f"{place}  {row['tokens_per_second']:>9,.0f} tokens/s  {row['share']:>4.0%} of the machine's limit")
     if out is not None:
+        from thinkfast.bench.figure import draw_speeds
+
         records.write_json(out, document)
+        draw_speeds(document, out.with_suffix(".png"))
     return document
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from thinkfast import ranks
+
 Update = Callable[[float, str], None]
 """Takes how much is done, in the unit of the bar's total, and a short text to show beside it."""
 
@@ -20,6 +22,9 @@ def silent(done: float, text: str = "") -> None:
 @contextmanager
 def bar(title: str, total: float) -> Iterator[Update]:
     """Shows `title` and how much of `total` is done while the block runs; the yielded function moves it."""
+    if ranks.current().rank:
+        yield silent
+        return
     if sys.stderr.isatty():
         with _terminal_bar(title, total) as update:
             yield update

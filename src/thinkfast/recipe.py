@@ -7,26 +7,32 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from thinkfast.errors import BadInput
+from thinkfast.sections import (
+    Align,
+    Base,
+    Compute,
+    Count,
+    Distill,
+    Matrices,
+    Name,
+    OnPolicy,
+    Positive,
+    Section,
+    Seed,
+    Sft,
+    Student,
+    Watching,
+)
 
 TEACHER = "teacher"
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0)]
+TRAINED = ("matrices", "align", "distill", "sft", "on_policy")
 S = TypeVar("S", bound="Section")
 Levels = Annotated[tuple[int, ...], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A table of a recipe: frozen, no unknown keys, no silent conversion of text to numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Teacher(Section):
@@ -44,8 +50,20 @@ class Problems(Section):
     path: str | None = None
 
 
+class TextSource(Section):
+    """Rows of files (`data/*.parquet`) or of a Hugging Face data set (`hf:owner/name`), see `data/sources.py`."""
+
+    path: str
+    weight: Positive = 1.0
+    split: str = "train"
+    config: str | None = None
+    text: str = "text"
+    solution: str = "solution"
+
+
 class Text(Section):
-    """Training text: generated problems of the train split with their solutions, or a file with both.
+    """Training text: generated problems of the train split with their solutions, a file with both, a directory that was
+    tokenised before, or several `sources`, mixed by weight until there are `tokens` of them.
 
     `held_out` documents are kept from training to measure the KL divergence on.
     """
@@ -55,50 +73,21 @@ class Text(Section):
     levels: Levels = (3, 4, 5)
     path: str | None = None
     held_out: Count = 200
+    sources: tuple[TextSource, ...] = ()
+    tokens: Count | None = None
 
-
-class Training(Section):
-    """A stage of training; the rate warms up linearly over `warmup` of the tokens and falls to `min_lr` of its peak."""
-
-    tokens: Annotated[int, Field(ge=0)]
-    lr: Positive
-    batch_tokens: Count = 3072
-    warmup: Share = 0.05
-    min_lr: Share = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    seed: Seed = 0
-
-
-class Align(Training):
-    """Layer-wise alignment: every new mixer learns to give what the teacher's mixer gives for the same input."""
-
-    tokens: Annotated[int, Field(ge=0)] = 400_000
-    lr: Positive = 3e-3
-
-
-class Distill(Training):
-    """End to end: the student's next-token distribution learns the teacher's."""
-
-    tokens: Annotated[int, Field(ge=0)] = 4_000_000
-    lr: Positive = 2e-3
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"] = "forward_kl"
-    temperature: Positive = 1.0
-
-
-class Student(Section):
-    """One student. Layers in `attention` stay attention; `align` and `distill` start from the sections of that name."""
-
-    name: Name
-    attention: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    init: Literal["attention", "random"] = "attention"
-    seed: Seed = 0
-    align: Align = Align()
-    distill: Distill = Distill()
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.path is not None and self.sources:
+            raise ValueError("path and sources exclude each other")
+        if self.tokens is not None and not self.sources:
+            raise ValueError("tokens is for sources, and there are none")
+        return self
 
 
 class SampleSettings(Section):
-    """How every model draws its samples. `slots`: completions decoded at once, the fastest of several."""
+    """How every model draws its samples. `slots`: completions decoded at once, the fastest of several. `stop_error`: a
+    problem whose vote is decided with at most this error gets no further sample; absent, all get the same."""
 
     n: Count = 64
     seconds: Positive = 60.0
@@ -108,6 +97,7 @@ class SampleSettings(Section):
     max_tokens: Count = 512
     slots: Annotated[tuple[Count, ...], Field(min_length=1)] = (128,)
     trial_seconds: Positive = 1.0
+    stop_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Seed = 0
 
 
@@ -116,6 +106,9 @@ class Bench(Section):
 
     batches: tuple[Count, ...] = ()
     contexts: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 128, 256, 512, 1000)
+    backends: Annotated[tuple[str, ...], Field(min_length=1)] = ("auto",)
+    shared: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    prompts: tuple[Count, ...] = ()
 
 
 class Grid(Section):
@@ -167,13 +160,19 @@ class Recipe(Section):
     teacher: Teacher = Teacher()
     problems: Problems = Problems()
     corpus: Text = Text()
+    matrices: Matrices = Matrices()
     align: Align = Align()
     distill: Distill = Distill()
+    sft: Sft = Sft()
+    on_policy: OnPolicy = OnPolicy()
+    base: Base | None = None
     student: Annotated[tuple[Student, ...], Field(min_length=1)]
     sample: SampleSettings = SampleSettings()
     bench: Bench = Bench()
     compare: Compare = Compare()
     report: Report = Report()
+    watch: Watching = Watching()
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -181,6 +180,11 @@ class Recipe(Section):
         for place, name in enumerate(names):
             if name in names[:place]:
                 raise ValueError(f"student name {name!r} is used twice")
+        for student in self.student:
+            if student.start == "base" and self.base is None:
+                raise ValueError(f"student {student.name!r} starts from the base, but there is no table base")
+            if student.start == "base" and self.base is not None and student.mixer != self.base.mixer:
+                raise ValueError(f"student {student.name!r} has mixer {student.mixer!r}, the base {self.base.mixer!r}")
         if self.compare.baseline not in names:
             raise ValueError(f"compare.baseline {self.compare.baseline!r} is not one of {', '.join(names)}")
         needed = self.compare.grid.last * self.problems.count
@@ -232,19 +236,21 @@ def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
     """Checks a recipe that is already a dictionary; `source` names it in errors."""
     students = raw.get("student")
     if isinstance(students, list):
-        raw = {**raw, "student": [_with_defaults(raw, student) for student in students]}
+        raw = {**raw, "student": [_with_defaults(raw, student, TRAINED) for student in students]}
+    if isinstance(raw.get("base"), dict):
+        raw = {**raw, "base": _with_defaults(raw, raw["base"], ("matrices", "align"))}
     try:
         return Recipe.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         raise BadInput(f"{source}: {_first_error(error)}") from None
 
 
-def _with_defaults(raw: Mapping[str, Any], student: Any) -> Any:
-    """A student's tables `align` and `distill` over the recipe's."""
+def _with_defaults(raw: Mapping[str, Any], student: Any, stages: Sequence[str]) -> Any:
+    """A student's tables of stages over the recipe's."""
     if not isinstance(student, dict):
         return student
     merged = dict(student)
-    for section in ("align", "distill"):
+    for section in stages:
         common, own = raw.get(section, {}), student.get(section, {})
         if isinstance(common, dict) and isinstance(own, dict):
             merged[section] = {**common, **own}
@@ -293,7 +299,8 @@ def _first_error(error: ValidationError, root: type[Section] = Recipe) -> str:
     """One line for the first thing wrong: an unknown key first, since it may be why another is missing."""
     problems = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # Which alternative of a union was tried is no part of the place.
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "dict[")))
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
@@ -313,7 +320,8 @@ def _known_keys(root: type[Section], location: tuple[int | str, ...]) -> list[st
         if isinstance(part, int):
             continue
         annotation = section.model_fields[part].annotation
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else Student
+        inner = (annotation, *get_args(annotation))
+        section = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, Section))
     return list(section.model_fields)
 
 
@@ -332,9 +340,17 @@ def dump_recipe(recipe: Recipe) -> str:
 def _dump_table(lines: list[str], name: str, table: Mapping[str, Any], array: bool) -> None:
     lines.append(f"\n[[{name}]]" if array else f"\n[{name}]")
     inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    lines.extend(f"{key} = {_toml(value)}" for key, value in table.items() if key not in inner)
+    arrays = {
+        key: value
+        for key, value in table.items()
+        if value and isinstance(value, list) and isinstance(value[0], Mapping)
+    }
+    lines.extend(f"{key} = {_toml(value)}" for key, value in table.items() if key not in inner | arrays)
     for key, value in inner.items():
         _dump_table(lines, f"{name}.{key}", value, array=False)
+    for key, tables in arrays.items():
+        for value in tables:
+            _dump_table(lines, f"{name}.{key}", value, array=True)
 
 
 def _toml(value: object) -> str:

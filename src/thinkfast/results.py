@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from thinkfast import records, runtime
 from thinkfast.data.problems import Problem
 from thinkfast.errors import BadInput
 from thinkfast.recipe import TEACHER, Compare
-from thinkfast.records import SampleRow, ScoreRow
+from thinkfast.records import RewardRow, SampleRow, ScoreRow
 
 if TYPE_CHECKING:
     from thinkfast.scale.budget import Table
@@ -24,16 +25,25 @@ CUT_OFF = "deadline"
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """Samples of one model with their verdicts, row by row; `timed` tells whether t_end was measured."""
+    """Samples of one model with their verdicts, row by row; `timed` tells whether t_end was measured.
+
+    grading: seconds that each verdict took. rewards: those of the samples, by problem and index.
+    """
 
     samples: list[SampleRow]
     scores: list[ScoreRow]
     timed: bool = True
-    rewards: dict[tuple[str, int], float] | None = None
+    grading: list[float] | None = None
+    rewards: dict[tuple[str, int], RewardRow] | None = None
 
 
 def grade(samples: Sequence[SampleRow], problems: Sequence[Problem]) -> list[ScoreRow]:
     """The verdict of every sample, in the order of the samples; a sample the clock cut off has no answer."""
+    return grade_timed(samples, problems)[0]
+
+
+def grade_timed(samples: Sequence[SampleRow], problems: Sequence[Problem]) -> tuple[list[ScoreRow], list[float]]:
+    """`grade`, and the seconds that every verdict took: those of its problem, evenly over the problem's samples."""
     from thinkfast.scale.grade import Grader, extract_answer
 
     gold = {problem.id: problem.answer for problem in problems}
@@ -44,13 +54,21 @@ def grade(samples: Sequence[SampleRow], problems: Sequence[Problem]) -> list[Sco
         places.setdefault(row.problem_id, []).append(place)
     answers = [None if row.finish_reason == CUT_OFF else extract_answer(row.text) for row in samples]
     scores: dict[int, ScoreRow] = {}
+    seconds = [0.0] * len(samples)
     workers = runtime.usable_cores()
     with Grader(workers=workers) as grader, ThreadPoolExecutor(workers) as pool:
-        verdicts = pool.map(lambda item: grader.grade(gold[item[0]], [answers[i] for i in item[1]]), places.items())
-        for (problem, rows), (classes, correct) in zip(places.items(), verdicts, strict=True):
+
+        def judge(item: tuple[str, list[int]]) -> tuple[list[int], list[bool], float]:
+            started = time.monotonic()
+            classes, correct = grader.grade(gold[item[0]], [answers[i] for i in item[1]])
+            return classes, correct, (time.monotonic() - started) / len(item[1])
+
+        verdicts = pool.map(judge, places.items())
+        for (problem, rows), (classes, correct, each) in zip(places.items(), verdicts, strict=True):
             for place, klass, right in zip(rows, classes, correct, strict=True):
                 scores[place] = ScoreRow(problem, samples[place].sample_index, answers[place], klass, right)
-    return [scores[place] for place in range(len(samples))]
+                seconds[place] = each
+    return [scores[place] for place in range(len(samples))], seconds
 
 
 def read_graded(run: Path, name: str) -> Graded:
@@ -66,7 +84,7 @@ def read_graded(run: Path, name: str) -> Graded:
     return Graded(samples, scores)
 
 
-def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
+def read_completions(path: Path, answers: bool = True) -> tuple[list[Problem], list[SampleRow], bool]:
     """JSONL rows with `problem`, `answer`, `completions` and, where they were measured, lists as long of seconds:
     `t_end`, and `t_start`, without which they cannot be replayed.
 
@@ -75,7 +93,7 @@ def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
     """
     from thinkfast.data.problems import load_problems
 
-    problems = load_problems(path)
+    problems = load_problems(path, answers=answers)
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     samples: list[SampleRow] = []
     timed = True
@@ -99,19 +117,21 @@ def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
     return problems, samples, timed
 
 
-def read_texts(source: Path, problems_file: Path | None) -> tuple[list[Problem], list[SampleRow], bool]:
+def read_texts(
+    source: Path, problems_file: Path | None, answers: bool = True
+) -> tuple[list[Problem], list[SampleRow], bool]:
     """Problems, samples and whether they are timed: a directory of samples, whose problems stand in `problems_file`
-    or are a public set of that name, or completions in JSONL."""
+    or are a public set of that name, or completions in JSONL. answers: False where nobody needs right ones."""
     from thinkfast.data.sets import open_problems
 
     if not source.is_dir():
-        return read_completions(source)
+        return read_completions(source, answers)
     samples = records.read_samples(source)
     if not samples:
         raise BadInput(f"{source}: holds no part-*.parquet with samples")
     if problems_file is None:
         raise BadInput(f"{source}: --problems is needed to grade a directory of samples")
-    problems = open_problems(problems_file)
+    problems = open_problems(problems_file, answers=answers)
     known = {problem.id for problem in problems}
     strange = next((row.problem_id for row in samples if row.problem_id not in known), None)
     if strange is not None:
@@ -123,9 +143,10 @@ def read_source(source: Path, problems_file: Path | None) -> tuple[list[Problem]
     """`read_texts`, graded."""
     problems, samples, timed = read_texts(source, problems_file)
     try:
-        return problems, Graded(samples, grade(samples, problems), timed)
+        scores, seconds = grade_timed(samples, problems)
     except BadInput as error:
         raise BadInput(f"{source}: {error}") from None
+    return problems, Graded(samples, scores, timed, seconds)
 
 
 def grade_source(source: Path, problems_file: Path | None, out: Path | None) -> dict[str, Any]:
@@ -150,24 +171,39 @@ def source_name(source: Path) -> str:
     return source.resolve().name if source.is_dir() else source.name.split(".")[0]
 
 
-def table(graded: Graded, problems: Sequence[Problem]) -> Table:
-    """The columns that curves are made of; samples the clock cut off do not count."""
+def table(graded: Graded, problems: Sequence[Problem], counted: Collection[str] = ()) -> Table:
+    """The columns that curves are made of; samples the clock cut off do not count.
+
+    counted: "grading" and "rewards" put those seconds into the clock as well: a sample then ends when it and all that
+    ended before it are graded or scored, one after the other.
+    """
     import numpy as np
 
     from thinkfast.scale.budget import Table
 
     place = {problem.id: index for index, problem in enumerate(problems)}
-    pairs = [pair for pair in zip(graded.samples, graded.scores, strict=True) if pair[0].finish_reason != CUT_OFF]
+    rows = zip(graded.samples, graded.scores, graded.grading or [0.0] * len(graded.samples), strict=True)
+    held = [row for row in rows if row[0].finish_reason != CUT_OFF]
+    pairs = [(row, score) for row, score, _ in held]
+    rewards = None
+    if graded.rewards is not None:
+        rewards = [graded.rewards[row.problem_id, row.sample_index] for row, _ in pairs]
+    ends = np.array([row.t_end for row, _ in pairs], dtype=np.float64)
+    after = np.zeros(len(pairs))
+    if "grading" in counted:
+        after += [seconds for *_, seconds in held]
+    if "rewards" in counted and rewards is not None:
+        after += [reward.seconds for reward in rewards]
+    order = np.argsort(ends, kind="stable")
+    ends[order] += after[order].cumsum()
     return Table(
         problem=np.array([place[row.problem_id] for row, _ in pairs], dtype=np.int64),
         sample_index=np.array([row.sample_index for row, _ in pairs], dtype=np.int64),
-        t_end=np.array([row.t_end for row, _ in pairs], dtype=np.float64),
+        t_end=ends,
         answer_class=np.array([score.answer_class for _, score in pairs], dtype=np.int64),
         correct=np.array([score.correct for _, score in pairs], dtype=bool),
         seconds=np.array([row.t_end - row.t_start for row, _ in pairs], dtype=np.float64) if graded.timed else None,
-        score=None
-        if graded.rewards is None
-        else np.array([graded.rewards[row.problem_id, row.sample_index] for row, _ in pairs], dtype=np.float64),
+        score=None if rewards is None else np.array([reward.reward for reward in rewards], dtype=np.float64),
     )
 
 
@@ -256,13 +292,12 @@ def wins_in_words(summary: Mapping[str, Any], baseline: str = TEACHER) -> list[s
 
 
 def curves_in_words(document: Mapping[str, Any]) -> list[str]:
-    """A line for every model and k with coverage and majority, then the wins where time was measured."""
+    """A line for every model and k with what is known there, then the wins where time was measured."""
     lines = []
     for name, curves in document["by_k"].items():
-        for k, covered, voted in zip(
-            document["k"], curves["coverage"]["mean"], curves["majority"]["mean"], strict=False
-        ):
-            lines.append(f"{name:<12} k {k:>4}  coverage {covered:.3f}  majority {voted:.3f}")
+        for place, k in enumerate(document["k"]):
+            told = "  ".join(f"{metric} {curve['mean'][place]:.3f}" for metric, curve in curves.items())
+            lines.append(f"{name:<12} k {k:>4}  {told}")
     return lines + (wins_in_words(document, document["baseline"]) if "wins" in document else [])
 
 

@@ -67,10 +67,10 @@ def retain(
         "levels": {level: {name: _means(values[name], places) for name in names} for level, places in levels.items()},
     }
     teacher = _texts(graded[names[0]], problems, tokenizer, texts)
-    votes = {name: _votes(graded[name], problems) for name in names}
+    voted = {name: votes(graded[name], problems) for name in names}
     for path, name in zip(models[1:], names[1:], strict=True):
         apart = _apart(models[0], path, teacher)
-        same = _same_votes(votes[names[0]], votes[name], problems)
+        same = same_votes(voted[names[0]], voted[name], problems)
         for level, places in levels.items():
             row = document["levels"][level][name]
             row["kept"] = {key: _kept(values[names[0]][key], values[name][key], places, seed) for key in KEPT}
@@ -173,7 +173,7 @@ def _apart_there(apart: Sequence[tuple[int, Any]], places: set[int]) -> dict[str
     return {"kl": round(kl, DECIMALS), "same_token": round(agreed, DECIMALS), "texts": len(mine)}
 
 
-def _votes(graded: Graded, problems: Sequence[Problem]) -> list[str | None]:
+def votes(graded: Graded, problems: Sequence[Problem]) -> list[str | None]:
     """The answer that most samples of each problem give."""
     from thinkfast.scale.aggregate import majority_vote
 
@@ -189,7 +189,8 @@ def _votes(graded: Graded, problems: Sequence[Problem]) -> list[str | None]:
     return found
 
 
-def _same_votes(first: Sequence[str | None], second: Sequence[str | None], problems: Sequence[Problem]) -> list[bool]:
+def same_votes(first: Sequence[str | None], second: Sequence[str | None], problems: Sequence[Problem]) -> list[bool]:
+    """Whether two votes on each problem are for equal answers, or both for none."""
     from thinkfast.scale.grade import Grader
 
     with Grader() as grader:

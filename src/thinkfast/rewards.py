@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from thinkfast import progress, records
 from thinkfast.data.problems import Problem
 from thinkfast.errors import BadInput
-from thinkfast.records import RewardRow, SampleRow
+from thinkfast.records import RewardRow, SampleRow, ScoreRow
 from thinkfast.results import CUT_OFF, Graded, read_source, read_texts
 
 if TYPE_CHECKING:
     from thinkfast.data.tokenizer import Tokenizer
+    from thinkfast.scale.estimate import Floats
     from thinkfast.scale.reward import How
-    from thinkfast.scale.verifier import Example
+    from thinkfast.scale.verifier import Example, Verifier
 
 ROWS_A_PART = 512
 HELD_OUT = 4  # every fourth problem is kept from training to measure the verifier on
@@ -30,7 +31,7 @@ def score_file(
     A step-wise score is folded by `how`; a verifier's is its total. Goes on where it was cut off. Returns how many rows
     there are and the seconds they took.
     """
-    problems, samples, _ = read_texts(source, problems_file)
+    problems, samples, _ = read_texts(source, problems_file, answers=False)
     settings = {"how": how, "layout": layout}
     inputs = {
         "reward model": records.hash_path(model),
@@ -66,7 +67,7 @@ def known_how(name: str) -> How:
 
 def verification_in_words(found: Mapping[str, Any]) -> list[str]:
     """Lines that tell what `verification` found."""
-    lines = [f"{found['problems']} held-out problems, {found['k']} samples each: majority {found['majority']:.3f}"]
+    lines = [f"{found['problems']} problems, {found['k']} samples each: majority {found['majority']:.3f}"]
     for name in ("verifier", "logprob"):
         row = found[name]
         areas = ", ".join(
@@ -76,6 +77,8 @@ def verification_in_words(found: Mapping[str, Any]) -> list[str]:
         gain = f"{row['difference']['mean']:+.3f} [{row['difference']['low']:+.3f}, {row['difference']['high']:+.3f}]"
         told = f"best of n {row['best_of_n']:.3f}, weighted {row['weighted']:.3f}, against majority {gain}"
         lines.append(f"{name:<9} {areas}; {told}")
+    gain = found["verifier"]["against_logprob"]
+    lines.append(f"verifier against logprob, weighted {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
     return lines
 
 
@@ -155,9 +158,8 @@ def train_file(
 def _groups(tokenizer: Tokenizer, problems: Sequence[Problem], graded: Graded) -> dict[str, list[Example]]:
     texts = {problem.id: problem.problem for problem in problems}
     groups: dict[str, list[Example]] = {problem.id: [] for problem in problems}
-    for row, score in zip(graded.samples, graded.scores, strict=True):
-        if row.finish_reason != CUT_OFF:
-            groups[row.problem_id].append(_example(tokenizer, texts[row.problem_id], row, score.correct))
+    for row, score in _pairs(graded):
+        groups[row.problem_id].append(_example(tokenizer, texts[row.problem_id], row, score.correct))
     return groups
 
 
@@ -203,55 +205,88 @@ def _labelled(
 
 
 def verification(
-    verifier: Any,
+    verifier: Verifier,
     pad: int,
     problems: Sequence[Problem],
     graded: Graded,
     groups: Mapping[str, Sequence[Example]],
     kept: set[str],
 ) -> dict[str, Any]:
-    """What the verifier is worth on the problems of `kept`: areas overall and within, and best of all samples.
+    """`worth` of the verifier's scores on the problems of `kept`."""
+    from thinkfast.scale.verifier import score_examples
 
-    `logprob` are the same figures for the summed log-probability of the samples; `difference` is weighted best-of-n
-    minus majority with its 95 % interval over problems.
+    pairs = [pair for pair in _pairs(graded) if pair[0].problem_id in kept]
+    examples = {name: iter(groups[name]) for name in kept}
+    flat = [next(examples[row.problem_id]) for row, _ in pairs]
+    scores: dict[tuple[str, int], float] = {}
+    for place, total, _, _ in score_examples(verifier, flat, pad):
+        row = pairs[place][0]
+        scores[row.problem_id, row.sample_index] = total
+    return worth([problem for problem in problems if problem.id in kept], graded, scores)
+
+
+def worth_of_rewards(source: Path, problems_file: Path | None, rewards: Path) -> dict[str, Any]:
+    """`worth` of stored rewards on the samples of a source."""
+    problems, graded = read_source(source, problems_file)
+    scores = {(row.problem_id, row.sample_index): row.reward for row in records.read_rewards(rewards)}
+    return worth(problems, graded, scores)
+
+
+def worth(problems: Sequence[Problem], graded: Graded, scores: Mapping[tuple[str, int], float]) -> dict[str, Any]:
+    """What scores are worth on problems: areas overall and within problems, and best of k of all samples.
+
+    k is the fewest samples of a problem that has any. `logprob` are the same figures for the summed log-probability of
+    the samples, the baseline; `difference` is weighted best of k minus majority with its 95 % interval over problems,
+    `against_logprob` minus that of the log-probability. Raises BadInput without samples, and for one without a score.
     """
     import numpy as np
 
     from thinkfast.scale.estimate import bootstrap_weights, percentile_interval
     from thinkfast.scale.ranked import best_at_k, soft_weights, weighted_at_k, within_auc
-    from thinkfast.scale.verifier import score_examples
 
-    place = {problem.id: i for i, problem in enumerate(p for p in problems if p.id in kept and groups[p.id])}
-    examples = [example for name in place for example in groups[name]]
-    if not examples:
+    asked = {problem.id for problem in problems}
+    flat = [pair for pair in _pairs(graded) if pair[0].problem_id in asked]
+    place = {name: i for i, name in enumerate(dict.fromkeys(row.problem_id for row, _ in flat))}
+    if not flat:
         raise BadInput("no held-out problem has a sample: at least four problems with samples are expected")
-    scores = np.zeros(len(examples))
-    for i, total, _, _ in score_examples(verifier, examples, pad):
-        scores[i] = total
-    rows = {name: [] for name in place}  # type: dict[str, list[tuple[SampleRow, Any]]]
-    for row, score in zip(graded.samples, graded.scores, strict=True):
-        if row.problem_id in place and row.finish_reason != CUT_OFF:
-            rows[row.problem_id].append((row, score))
-    flat = [pair for name in place for pair in rows[name]]
+    lacking = next((row for row, _ in flat if (row.problem_id, row.sample_index) not in scores), None)
+    if lacking is not None:
+        raise BadInput(f"no reward for sample {lacking.sample_index} of problem {lacking.problem_id}")
     problem = np.array([place[row.problem_id] for row, _ in flat], dtype=np.int64)
     correct = np.array([score.correct for _, score in flat], dtype=bool)
     klass = np.array([score.answer_class for _, score in flat], dtype=np.int64)
-    logprob = np.array([row.logprob_sum for row, _ in flat], dtype=np.float64)
-    k = [int(np.bincount(problem).min())]
-    majority = weighted_at_k(problem, np.ones(len(flat)), klass, correct, len(place), k)[:, 0]
-    weights = bootstrap_weights(len(place), 2000, 0)
-    found: dict[str, Any] = {"problems": len(place), "samples": len(flat), "k": k[0], "majority": majority.mean()}
-    for name, values in (("verifier", scores), ("logprob", logprob)):
+    columns = {
+        "verifier": np.array([scores[row.problem_id, row.sample_index] for row, _ in flat], dtype=np.float64),
+        "logprob": np.array([row.logprob_sum for row, _ in flat], dtype=np.float64),
+    }
+    count, k = len(place), [int(np.bincount(problem).min())]
+    weights = bootstrap_weights(count, 2000, 0)
+
+    def gain(values: Floats) -> dict[str, float]:
+        low, high = percentile_interval(values[:, None], weights, 0.95)
+        return {"mean": values.mean(), "low": low[0], "high": high[0]}
+
+    majority = weighted_at_k(problem, np.ones(len(flat)), klass, correct, count, k)[:, 0]
+    voted = {
+        name: weighted_at_k(problem, soft_weights(problem, values, count), klass, correct, count, k)[:, 0]
+        for name, values in columns.items()
+    }
+    found: dict[str, Any] = {"problems": count, "samples": len(flat), "k": k[0], "majority": majority.mean()}
+    for name, values in columns.items():
         overall, within = within_auc(problem, values, correct)
-        best = best_at_k(problem, values, klass >= 0, correct, len(place), k)[:, 0]
-        voted = weighted_at_k(problem, soft_weights(problem, values, len(place)), klass, correct, len(place), k)[:, 0]
-        low, high = percentile_interval((voted - majority)[:, None], weights, 0.95)
         found[name] = {
             "auc": overall,
             "auc_within": within,
-            "best_of_n": best.mean(),
-            "weighted": voted.mean(),
-            "difference": {"mean": (voted - majority).mean(), "low": low[0], "high": high[0]},
+            "best_of_n": best_at_k(problem, values, klass >= 0, correct, count, k)[:, 0].mean(),
+            "weighted": voted[name].mean(),
+            "difference": gain(voted[name] - majority),
         }
+    found["verifier"]["against_logprob"] = gain(voted["verifier"] - voted["logprob"])
     cleaned: dict[str, Any] = json.loads(json.dumps(found, default=float).replace("NaN", "null"))
     return cleaned
+
+
+def _pairs(graded: Graded) -> list[tuple[SampleRow, ScoreRow]]:
+    """The samples that ended by themselves or at their length, each with its verdict."""
+    pairs = zip(graded.samples, graded.scores, strict=True)
+    return [(row, score) for row, score in pairs if row.finish_reason != CUT_OFF]

@@ -36,8 +36,8 @@ def train_reward(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The verifier's directory.")],
     problems: ProblemsFile = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 400,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 200,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     frozen: Annotated[bool, typer.Option("--frozen", help="Only the head learns.")] = False,
     rollouts: Annotated[int, typer.Option(min=0, help="Continuations a step, to label steps with.")] = 0,
     seed: Seed = 0,
@@ -109,13 +109,18 @@ def plan(
     problems: ProblemsFile = None,
     pilot: Annotated[int, typer.Option(min=1, help="Samples a problem to learn from.")] = 4,
     ks: Annotated[str, typer.Option(help="Samples a problem to foretell.")] = "1,2,4,8,16,32,64",
+    first: Annotated[float, typer.Option("--from", help="First seconds a problem.")] = 0.01,
+    last: Annotated[float, typer.Option("--to", help="Last seconds a problem.")] = 0.2,
     out: Annotated[Path | None, typer.Option(help="A file for the document.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Foretell coverage and majority with more samples from the first few of each problem."""
+    """Foretell coverage and majority from the first few samples of each problem, and the best model at a budget."""
     from thinkfast import spending
+    from thinkfast.recipe import Compare, section
 
-    document = spending.plan_sources(sources, problems, numbers(ks), pilot, seed, out)
+    grid = {"first": first, "last": last, "points": 25}
+    settings = section(Compare, {"ks": numbers(ks), "grid": grid, "seed": seed})
+    document = spending.plan_sources(sources, problems, settings, pilot, out)
     print("\n".join(spending.planned_in_words(document)))
     finish(document, json_)

@@ -184,3 +184,43 @@ def test_an_unknown_format_is_refused(tmp_path):
     (tmp_path / "corpus.json").write_text(json.dumps(description | {"format": 2}))
     with pytest.raises(BadInput, match="format is 2, expected 1"):
         Corpus(tmp_path)
+
+
+def rows_of(corpus, seed, epoch, length):
+    """The oracle: an epoch's documents, shuffled, behind one another, cut by hand."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(corpus))
+    joined = [token for index in order for part in corpus.document(int(index)) for token in part]
+    return [joined[at : at + length] for at in range(0, len(joined) - length + 1, length)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(1, 7), st.integers(1, 20))
+def test_concatenated_rows_hold_every_token_once_and_resume_anywhere(tmp_path_factory, sizes, length, batch_tokens):
+    documents = [([], list(range(1 + 10 * n, 1 + 10 * n + size))) for n, size in enumerate(sizes)]
+    corpus = write_corpus(tmp_path_factory.mktemp("c"), documents, "f", 200)
+    if corpus.tokens < length:
+        with pytest.raises(BadInput, match="fewer than a row"):
+            next(batches(corpus, Cursor(3), batch_tokens, length))
+        return
+    stream = batches(corpus, Cursor(3), batch_tokens, length)
+    got, cursors = [], [Cursor(3)]
+    while cursors[-1].epoch < 2:
+        batch, cursor = next(stream)
+        assert batch.input_ids.numel() <= max(batch_tokens, length)
+        got.append(batch.input_ids.tolist())
+        cursors.append(cursor)
+    wanted = rows_of(corpus, 3, 0, length) + rows_of(corpus, 3, 1, length)
+    assert [row for rows in got for row in rows] == wanted
+    for at in (1, len(got) // 2):
+        again, following = next(batches(corpus, cursors[at], batch_tokens, length))
+        if cursors[at].epoch < 2 and at < len(got):
+            assert again.input_ids.tolist() == got[at]
+            assert following == cursors[at + 1]
+
+
+def test_concatenated_rows_mark_completions_as_documents_do(tmp_path):
+    corpus = write_corpus(tmp_path, DOCUMENTS, "f", 66)
+    batch = corpus.stream(np.array([2, 0, 1, 3]), range(2), 6)
+    assert batch.input_ids.tolist() == [[2, 2, 2, 2, 3, 65], [5, 6, 7, 8, 9, 1]]
+    assert batch.completion.int().tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1]]
+    assert batch.lengths.tolist() == [6, 6]

@@ -16,7 +16,16 @@ from thinkfast.data.corpus import Batch, write_corpus
 from thinkfast.distill import trainer
 from thinkfast.distill.align import align
 from thinkfast.distill.losses import Loss, logits_loss, prediction_mask
-from thinkfast.distill.trainer import Diverged, TrainSettings, adamw, distill, evaluate_kl, train
+from thinkfast.distill.trainer import (
+    Diverged,
+    Task,
+    TrainSettings,
+    adamw,
+    corpus_source,
+    distill,
+    evaluate_kl,
+    train,
+)
 from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
@@ -190,7 +199,11 @@ def test_a_metrics_line_cut_by_a_kill_is_dropped(teacher, corpus, tmp_path):
 
 
 def loop(model, loss_of, corpus, settings, out_dir, floor=1.0):
-    return train("test", model, model.parameters(), loss_of, corpus, settings, out_dir, floor, {})
+    def scaled(batch, count, share):
+        return loss_of(batch)
+
+    source = corpus_source(corpus, settings)
+    return train(Task("test", model, model.parameters(), source, lambda batch: 1, scaled, floor, {}), settings, out_dir)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(corpus, tmp_path):

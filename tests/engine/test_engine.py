@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,6 +154,23 @@ def test_stop_sequences_and_end_of_sequence(make_model: Callable[..., Decoder], 
                     break
             assert (sample.token_ids, sample.finish_reason) == (ids[:end], reason)
     assert len(cut[0][0].token_ids) <= 12
+
+
+def test_log_probabilities_on_request(make_model: Callable[..., Decoder], backend: str) -> None:
+    model = make_model("hybrid")
+    engine = Engine(model, slots=3, backend=backend, kv_dtype="float32")
+    plain = engine.sample(PROMPTS, 2, PARAMS)
+    asked = engine.sample(PROMPTS, 2, replace(PARAMS, logprobs=True))
+    assert tokens(asked) == tokens(plain)
+    for prompt, row, without in zip(PROMPTS, asked, plain, strict=True):
+        for sample, bare in zip(row, without, strict=True):
+            assert bare.logprobs == ()
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *sample.token_ids]]))[0].log_softmax(-1)
+            want = [float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(sample.token_ids)]
+            assert sample.logprobs == pytest.approx(want, rel=1e-3, abs=1e-4)
+            ended = float(logits[-1, 3]) if sample.finish_reason == "stop" else 0.0
+            assert sum(sample.logprobs) + ended == pytest.approx(sample.logprob_sum, rel=1e-3, abs=1e-3)
 
 
 def test_an_abandoned_stream_leaves_the_engine_whole(make_model: Callable[..., Decoder], backend: str) -> None:

@@ -19,8 +19,11 @@ SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, ori
 ONE = MambaConfig(n_heads=4, head_dim=16, d_state=16, n_groups=1, chunk_size=16)
 CHANGES: dict[str, dict] = {
     "llama": {"layer_types": (ATTENTION,) * 2, "mamba": None},
+    "qwen2": {"layer_types": (ATTENTION,) * 2, "mamba": None, "family": "qwen2", "qkv_bias": True},
+    "qwen3": {"layer_types": (ATTENTION,) * 2, "mamba": None, "family": "qwen3", "qk_norm": True},
     "llama3": {"layer_types": (ATTENTION,) * 2, "mamba": None, "rope_scaling": SCALING},
     "hybrid": {},
+    "hybrid-bias": {"qkv_bias": True},
     "hybrid-wide": {"mamba": replace(ONE, n_heads=8)},
     "hybrid-untied-scaled": {"tie_word_embeddings": False, "rope_scaling": SCALING},
     "hybrid-no-positions": {"rotary_dim": 0},
@@ -63,7 +66,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     )
 
     def make(name: str, dtype: torch.dtype = torch.float32, **more: object) -> Path:
-        path = root / "-".join([name, str(dtype), *map(str, more)])
+        path = root / "-".join([name, str(dtype), *(f"{key}={value}" for key, value in more.items())])
         if not path.exists():
             model = Decoder(replace(base, **{**CHANGES[name], **more}))
             randomise(model)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from thinkfast.errors import BadInput
 from thinkfast.export.gguf import export_gguf
-from thinkfast.export.vocabulary import RULES
 from thinkfast.model.checkpoint import load_model
 
 gguf = pytest.importorskip("gguf")
@@ -22,7 +18,9 @@ Make = Callable[..., Path]
 NAMES = (
     "llama",
     "llama3",
+    "qwen2",
     "hybrid",
+    "hybrid-bias",
     "hybrid-wide",
     "hybrid-untied-scaled",
     "hybrid-no-positions",
@@ -92,47 +90,6 @@ def test_weights_keep_what_their_type_can_hold(make_model: Make, tmp_path: Path,
     assert np.allclose(tensors["blk.0.ssm_a"][:, 0], decay, rtol=1e-6, atol=0)
 
 
-def byte_level(path: Path, pattern: str | None) -> None:
-    """A small byte-level BPE tokenizer in the place of a model's own."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*alphabet, "he", "ll", "hell", "Ġhe"])}
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "he")]
-    words = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    if pattern is not None:
-        split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-        level = pre_tokenizers.Sequence([split, level])
-    words.pre_tokenizer, words.decoder = level, decoders.ByteLevel()
-    words.add_special_tokens(["<|end|>"])
-    words.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": "{{ messages }}"}))
-
-
-@pytest.fixture
-def spoken(make_model: Make, tmp_path: Path) -> Callable[[str | None], Path]:
-    def make(pattern: str | None) -> Path:
-        source, target = make_model("hybrid", vocab_size=270, bos_token_id=None, eos_token_ids=(260,)), tmp_path / "m"
-        target.mkdir()
-        for file in source.iterdir():
-            (target / file.name).write_bytes(file.read_bytes())
-        byte_level(target, pattern)
-        return target
-
-    return make
-
-
-@pytest.mark.parametrize(("pattern", "rule"), [(None, "gpt-2"), *RULES.items()])
-def test_known_tokenizers_are_carried_over(spoken, tmp_path: Path, pattern: str | None, rule: str) -> None:
-    assert export_gguf(spoken(pattern), tmp_path / "m.gguf")["warnings"] == []
-    keys = fields(tmp_path / "m.gguf")
-    assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("gpt2", rule)
-    assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == 270
-    assert keys["tokenizer.ggml.tokens"][260] == "<|end|>"
-    assert keys["tokenizer.ggml.token_type"][259:262] == [1, 3, 5]
-    assert keys["tokenizer.ggml.merges"] == ["h e", "l l", "he ll", "Ġ he"]
-    assert keys["tokenizer.chat_template"] == "{{ messages }}"
-
-
 def complaint(source: Path, out: Path, dtype: str | None = None) -> str:
     with pytest.raises(BadInput) as caught:
         export_gguf(source, out, dtype)
@@ -148,18 +105,23 @@ def test_what_llama_cpp_cannot_run_is_refused(make_model: Make, tmp_path: Path) 
     assert "192 wide, but llama.cpp runs those of 64 (padded) and 128 alone" in complaint(
         make_model("pure", mamba=type(wide)(12, 16, 16, 1)), out
     )
+    assert "queries and keys are normed" in complaint(make_model("qwen3"), out)
     assert list(tmp_path.iterdir()) == []
     out.write_text("mine")
     assert complaint(make_model("hybrid"), out) == f"{out} exists, expected a new file"
     assert out.read_text() == "mine"
 
 
-def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
-    """llama.cpp's logits at every position, keys and values in float32."""
+def in_llama(path: Path):
+    """The file in llama.cpp, which keeps logits of every position; keys and values in float32, as ours."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(
+    return llama_cpp.Llama(
         str(path), n_ctx=128, n_batch=64, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0
     )
+
+
+def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
+    model = in_llama(path)
     model.eval(ids)
     return np.array(model.scores[: len(ids)])
 
@@ -169,7 +131,6 @@ def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
 @torch.no_grad()
 def test_llama_cpp_computes_our_logits(make_model: Make, tmp_path: Path, name: str) -> None:
     """Within 2e-3 at float32 weights, and the same greedy tokens, fed one at a time."""
-    llama_cpp = pytest.importorskip("llama_cpp")
     source = make_model(name)
     export_gguf(source, tmp_path / "m.gguf", "float32")
     ours = load_model(source)
@@ -179,7 +140,7 @@ def test_llama_cpp_computes_our_logits(make_model: Make, tmp_path: Path, name: s
     assert np.abs(found - want.numpy()).max() < 2e-3
     assert (found.argmax(-1) == want.argmax(-1).numpy()).all()
 
-    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=128, n_threads=1, logits_all=True, verbose=False)
+    model = in_llama(tmp_path / "m.gguf")
     tokens = ids[:9].tolist()
     model.eval(tokens)
     for _ in range(16):
@@ -199,15 +160,3 @@ def test_llama_cpp_reads_every_type(make_model: Make, tmp_path: Path, dtype: str
     want = load_model(source)(torch.tensor([ids]))[0].numpy()
     found = llama_logits(tmp_path / "m.gguf", ids)
     assert np.abs(found - want).max() < 0.1 * np.abs(want).max()
-
-
-@pytest.mark.llama
-@pytest.mark.parametrize("pattern", [None, *RULES])
-def test_llama_cpp_cuts_texts_into_the_same_tokens(spoken, tmp_path: Path, pattern: str | None) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
-    source = spoken(pattern)
-    export_gguf(source, tmp_path / "m.gguf")
-    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
-    words = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-    for text in ("hello hello\n\n  12345 it's  Hell!?", "Größe: 3.5 €\t→ x<|end|>"):
-        assert model.tokenize(text.encode(), add_bos=False, special=True) == words.encode(text).ids

@@ -80,7 +80,17 @@ def test_the_program_tells_of_every_directory(make_model: Make) -> None:
 @pytest.mark.parametrize("python", OTHERS)
 def test_other_versions_of_transformers(make_model: Make, tmp_path: Path, python: str) -> None:
     """One group: as in the newest. More groups: wrong without an error, which the check finds and explains."""
-    alike = ("llama", "llama3", "hybrid", "hybrid-untied-scaled", "hybrid-no-positions", "pure")
+    alike = (
+        "llama",
+        "llama3",
+        "qwen2",
+        "qwen3",
+        "hybrid",
+        "hybrid-bias",
+        "hybrid-untied-scaled",
+        "hybrid-no-positions",
+        "pure",
+    )
     for name in (*alike, "groups", "pure-groups"):
         export_hf(make_model(name), tmp_path / name, compat=name in alike)
     done = subprocess.run(

@@ -17,7 +17,7 @@ from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.model.config import MambaConfig
 from thinkfast.model.discrete import DiscreteMamba2
 
-SHAPE = MambaConfig(n_heads=4, head_dim=8, d_state=6, n_groups=2, chunk_size=8, discrete=True)
+SHAPE = MambaConfig(n_heads=4, head_dim=8, d_state=6, n_groups=2, chunk_size=8, kind="discrete")
 RAW = {
     "model_type": "llamba",
     "vocab_size": 51,

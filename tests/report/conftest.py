@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from thinkfast.records import SampleRow, ScoreRow, append_samples, write_scores
+from thinkfast.records import (
+    RewardRow,
+    SampleRow,
+    ScoreRow,
+    append_rows,
+    append_samples,
+    read_samples,
+    read_scores,
+    write_scores,
+)
 from thinkfast.scale import budget
 from thinkfast.scale.budget import Table
 
@@ -92,6 +102,26 @@ def _table(rows: list[tuple[SampleRow, ScoreRow]], place: dict[str, int]) -> Tab
         answer_class=np.array([score.answer_class for _, score in rows]),
         correct=np.array([score.correct for _, score in rows]),
     )
+
+
+def _add_rewards(run: Path) -> None:
+    """Rewards for every sample, above 0 for right ones alone, and curves that know of them."""
+    document = json.loads((run / "curves" / "curves.json").read_text())
+    ids = [json.loads(line)["id"] for line in (run / "problems" / "problems.jsonl").read_text().splitlines()]
+    place, tables = {problem: index for index, problem in enumerate(ids)}, {}
+    for model in MODELS:
+        dice = np.random.default_rng(len(model))
+        scores = {(row.problem_id, row.sample_index): row for row in read_scores(run / "scores" / f"{model}.parquet")}
+        rows = [(row, scores[row.problem_id, row.sample_index]) for row in read_samples(run / "samples" / model)]
+        sizes = dice.uniform(0.5, 2.0, len(rows)) * [1 if score.correct else -1 for _, score in rows]
+        rewards = [
+            RewardRow(row.problem_id, row.sample_index, float(size), "[]", 0.001)
+            for (row, _), size in zip(rows, sizes, strict=True)
+        ]
+        append_rows(run / "rewards" / model, rewards, RewardRow)
+        tables[model] = replace(_table(rows, place), score=sizes)
+    found = budget.curves(tables, len(ids), "teacher", SECONDS, KS, seed=3, replicates=100)
+    (run / "curves" / "curves.json").write_text(json.dumps(document | found))
 
 
 def _plan(kept: set[int]) -> dict[str, Any]:
@@ -205,3 +235,9 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return build_run(tmp_path / "run", **({"problems": 6} | options))
 
     return make
+
+
+@pytest.fixture
+def add_rewards() -> Callable[[Path], None]:
+    """Gives a run rewards for every sample, and curves that know of them."""
+    return _add_rewards

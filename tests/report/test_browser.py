@@ -1,6 +1,7 @@
 """The page in a real browser: what a reader does with it, on a desk and on a phone, by day and by night."""
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -166,6 +167,38 @@ def test_everything_works_from_the_keyboard(visit: Open) -> None:
     assert page.locator("#chains details[open]").count() == 1
     page.keyboard.press("Enter")
     assert page.locator("#chains details[open]").count() == 0
+
+
+def test_the_budget_moves_the_figures_too(visit: Open, demo_run: Path) -> None:
+    page = visit()
+    tau = _set_time(page, 70)
+    seconds = json.loads((demo_run / "curves" / "curves.json").read_text())["seconds"]
+    nearest = min(range(len(seconds)), key=lambda i: abs(math.log(seconds[i] / tau)))
+    for name in ("coverage_time", "majority_time"):
+        assert page.get_attribute(f'[data-plot="{name}"]', "aria-valuenow") == str(nearest)
+    assert page.get_attribute('[data-plot="coverage_k"]', "aria-valuenow") == "0"
+    with page.expect_download() as download:
+        page.click('a[download="curves.csv"]')
+    assert Path(download.value.path()).read_text().startswith('"axis","x","model","measure"')
+
+
+def test_rewards_decide_where_the_reader_wants_it(
+    browser: Any, make_run: Any, add_rewards: Callable[[Path], None], tmp_path: Path
+) -> None:
+    run = make_run()
+    add_rewards(run)
+    page = browser.new_page()
+    page.goto(write_report(run, tmp_path / "page").as_uri())
+    _set_time(page, 120)
+    shares = {}
+    for how in ("majority", "weighted", "best_of_n"):
+        page.select_option("#how", how)
+        shares[how] = [int(n) for n in re.findall(r"(\d+)\s%", page.inner_text("#tally"))]
+    # Right samples alone have rewards above 0: whoever has one right sample wins by the best reward.
+    assert all(best >= voted for best, voted in zip(shares["best_of_n"], shares["majority"], strict=True))
+    assert shares["best_of_n"] != shares["majority"]
+    assert re.search(r"reward -?\d", page.inner_text("#chains"))
+    page.close()
 
 
 def test_time_runs_and_stops(visit: Open) -> None:

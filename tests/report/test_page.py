@@ -1,5 +1,9 @@
+import base64
+import csv
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,11 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from thinkfast.errors import BadInput
 from thinkfast.records import read_samples
 from thinkfast.report import page, write_report
+from thinkfast.report.figures import lap, slot
 from thinkfast.report.load import load_run
 
 MakeRun = Callable[..., Path]
@@ -77,7 +83,9 @@ def test_the_page_is_well_formed_and_self_contained(report: Path) -> None:
         target = attrs.get("href") or attrs.get("xlink:href") or "data:,"
         if target.startswith("#"):
             assert target[1:] in ids
-        elif target != "data:,":
+        elif target.startswith("data:"):
+            assert target == "data:," or "download" in attrs
+        else:
             assert (report.parent / target).is_file()
     text = report.read_text(encoding="utf-8")
     named = text.replace("http://www.w3.org/2000/svg", "")  # the name of a namespace, which nothing fetches
@@ -107,6 +115,60 @@ def test_data_of_the_figures_is_the_data_of_the_curves(report: Path, demo_run: P
         expected = curves["by_time"][series["model"]]
         assert series["samples"] == pytest.approx(expected["samples"], abs=1e-4)
         assert series["high"] == pytest.approx(expected["majority"]["high"], abs=1e-4)
+
+
+def test_what_is_plotted_can_be_had_as_csv_and_parquet(report: Path, demo_run: Path) -> None:
+    curves = json.loads((demo_run / "curves" / "curves.json").read_text())
+    held = {attrs["download"]: attrs["href"] for _, attrs in _parse(report).found if "download" in attrs}
+    bytes_of = {name: base64.b64decode(href.partition("base64,")[2]) for name, href in held.items()}
+    rows = pyarrow.parquet.read_table(io.BytesIO(bytes_of["curves.parquet"])).to_pylist()
+    spelt = list(csv.DictReader(io.StringIO(bytes_of["curves.csv"].decode())))
+    assert len(rows) == len(spelt) == 3 * 2 * (len(curves["seconds"]) + len(curves["k"]))
+    for row, line in zip(rows, spelt, strict=True):
+        assert line["model"] == row["model"]
+        assert float(line["mean"]) == row["mean"]
+    told = {(r["axis"], r["model"], r["measure"], r["x"]): r for r in rows}
+    row = told["seconds", "pure", "majority", curves["seconds"][3]]
+    wanted = curves["by_time"]["pure"]
+    assert [row[key] for key in ("mean", "low", "high")] == [wanted["majority"][k][3] for k in ("mean", "low", "high")]
+    assert row["samples"] == wanted["samples"][3]
+    assert told["k", "pure", "majority", 4.0]["samples"] is None
+
+
+def test_rewards_bring_their_strategies(make_run: MakeRun, add_rewards: Callable[[Path], None], tmp_path: Path) -> None:
+    run = make_run()
+    assert "Chosen by rewards" not in write_report(run, tmp_path / "without").read_text()
+    add_rewards(run)
+    written = write_report(run, tmp_path / "with")
+    curves = json.loads((run / "curves" / "curves.json").read_text())
+    assert "Chosen by rewards" in written.read_text()
+    for metric in ("weighted", "best_of_n"):
+        assert (tmp_path / "with" / f"{metric}_time.svg").is_file()
+        plot = _data(written)["plots"][f"{metric}_time"]
+        for series in plot["series"]:
+            assert series["mean"] == pytest.approx(curves["by_time"][series["model"]][metric]["mean"], abs=1e-4)
+    rows = [row for entry in _data(written)["browser"]["problems"] for part in entry["rows"] for row in part]
+    assert {len(row) for row in rows} == {8}
+    assert min(row[7] for row in rows if row[2]) > 0 > max(row[7] for row in rows if not row[2])
+
+
+def test_many_models_keep_apart(make_run: MakeRun, tmp_path: Path) -> None:
+    """More models than colours: every one has its line, its name and its place in the data."""
+    run = make_run()
+    document = json.loads((run / "curves" / "curves.json").read_text())
+    more = [f"student-{index}" for index in range(7)]
+    for name in more:
+        shutil.copytree(run / "samples" / "pure", run / "samples" / name)
+        shutil.copy(run / "scores" / "pure.parquet", run / "scores" / f"{name}.parquet")
+        for table in ("by_k", "by_time", "difference"):
+            document[table][name] = document[table]["pure"]
+    document["models"] += more
+    (run / "curves" / "curves.json").write_text(json.dumps(document))
+    written = write_report(run, tmp_path / "many")
+    assert [series["model"] for series in _data(written)["plots"]["coverage_time"]["series"]] == document["models"]
+    loaded = load_run(run, 3)
+    looks = [(slot(loaded, model), lap(loaded, model)) for model in document["models"]]
+    assert len(set(looks)) == 10
 
 
 def test_chains_survive_whatever_they_contain(report: Path, demo_run: Path) -> None:

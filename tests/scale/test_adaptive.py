@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from thinkfast.errors import BadInput
-from thinkfast.scale.adaptive import allocate, decided, overturn_chance, uniform
+from thinkfast.scale.adaptive import LiveVotes, allocate, decided, evidence, overturn_chance, uniform
 from thinkfast.scale.budget import Table
 
 
@@ -22,30 +22,49 @@ def test_the_chance_is_the_beta_tail():
     assert not math.isnan(overturn_chance(4000, 3999))
 
 
-def test_a_vote_is_decided_by_its_lead_and_not_before_it_has_three():
-    assert not decided([2], 0.2)
-    assert decided([4], 0.05)
-    assert not decided([4, 2], 0.05)
-    assert decided([2, 12, 1], 0.05)
+def test_evidence_is_the_integral_over_better_coins():
+    grid = np.linspace(0.5, 1, 200_001)
+    for first, second in ((0, 0), (3, 0), (5, 2), (9, 12)):
+        wanted = 2 ** (first + second + 1) * np.trapezoid(grid**first * (1 - grid) ** second, grid)
+        assert evidence(first, second) == pytest.approx(wanted, rel=1e-6)
+    assert math.isfinite(evidence(5000, 10))
+
+
+def test_a_vote_is_decided_by_its_lead():
+    assert not decided([6], 0.05)
+    assert decided([7], 0.05)
+    assert not decided([7, 1], 0.05)
+    assert decided([2, 20], 0.05)
+    assert decided([5], 0.1)
+    assert not decided([5, 0, 0], 0.1)  # two rivals share the error
     assert not decided([], 0.5)
     with pytest.raises(BadInput, match="error = 0"):
         decided([3], 0)
 
 
-def test_stopped_votes_are_wrong_about_as_seldom_as_stated():
+@pytest.mark.parametrize("error", [0.05, 0.2])
+def test_an_undecidable_vote_is_stopped_no_more_often_than_stated(error):
+    """The worst case: both answers come equally often, and one looks after every vote."""
     dice = np.random.default_rng(1)
-    wrong = stopped = 0
-    for _ in range(3000):
-        chance = dice.random()
-        votes = [0, 0]
-        for _ in range(200):
-            votes[int(dice.random() < chance)] += 1
-            if decided(votes, 0.05):
+    runs, stopped = 1500, 0
+    for _ in range(runs):
+        heads = dice.random(200) < 0.5
+        for votes in np.column_stack([heads.cumsum(), (~heads).cumsum()]):
+            if decided(votes.tolist(), error):
                 stopped += 1
-                wrong += (votes[1] > votes[0]) != (chance > 0.5)
                 break
-    assert stopped > 2500
-    assert wrong / stopped < 0.10  # looking after every vote makes it more than one look's 0.05
+    # Either may come to lead: each with at most `error`.
+    assert error / 4 < stopped / runs / 2 <= error
+
+
+def test_live_votes_tell_which_problems_are_over():
+    votes = LiveVotes(2, 0.1)
+    for text in ("#### 4", "nothing", "the answer is 4.0", r"\boxed{8/2}", "#### 4"):
+        votes.count(0, text)
+        votes.count(1, "#### 4")
+    assert votes.over == {1}
+    votes.count(0, "#### 4")
+    assert votes.over == {0, 1}
 
 
 def table(problems, samples, seconds=1.0, seed=0):

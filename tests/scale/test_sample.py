@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
 from thinkfast import records
 from thinkfast.data.chat import named_prompt, render_prompt
@@ -17,8 +19,11 @@ from thinkfast.data.tokenizer import load_tokenizer
 from thinkfast.data.wordproblems import generate
 from thinkfast.engine import Engine, Sample, SamplingParams
 from thinkfast.errors import BadInput
-from thinkfast.model.checkpoint import load_model
+from thinkfast.model import checkpoint
+from thinkfast.model.checkpoint import load_model, save_model
+from thinkfast.model.decoder import Decoder
 from thinkfast.recipe import SampleSettings
+from thinkfast.scale.adaptive import LiveVotes
 from thinkfast.scale.sample import sample_model
 
 SETTINGS = SampleSettings(n=3, seconds=60.0, temperature=0.9, max_tokens=20, slots=(4,), seed=11)
@@ -88,11 +93,57 @@ def test_an_interrupt_keeps_what_was_finished_and_the_clock_goes_on(
     assert texts == {(row.problem_id, row.sample_index): row.text for row in records.read_samples(whole)}
 
 
+def test_samples_without_finite_logits_are_not_stored(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path
+) -> None:
+    """A word of one problem breaks the model; the others are drawn as if nothing were the matter."""
+    sound = load_model(tiny_teacher)
+    broken = Decoder(replace(sound.config, tie_word_embeddings=False))
+    broken.load_state_dict({**sound.state_dict(), "lm_head.weight": sound.embed_tokens.weight})
+    tokenizer = load_tokenizer(tiny_teacher)
+    words = [set(tokenizer.encode(problem.problem)) for problem in problems]
+    only = next(iter(words[2] - set().union(*words[:2], *words[3:])))
+    with torch.no_grad():
+        broken.embed_tokens.weight[only] = float("nan")
+    save_model(broken, tmp_path / "broken", tokenizer_from=tiny_teacher)
+    brief = SETTINGS.model_copy(update={"temperature": 0.0})
+    told: list[str] = []
+    sample_model(tmp_path / "broken", problems, brief, tmp_path / "a", update=lambda _, text: told.append(text))
+    rows = {(row.problem_id, row.sample_index): row.text for row in records.read_samples(tmp_path / "a")}
+    sample_model(tiny_teacher, problems, brief, tmp_path / "b")
+    want = {(row.problem_id, row.sample_index): row.text for row in records.read_samples(tmp_path / "b")}
+    assert rows == {pair: text for pair, text in want.items() if pair[0] != problems[2].id}
+    assert records.read_json(tmp_path / "a" / "run.json")["notes"]["failed"] == 3
+    assert told[-1].endswith("3 failed: logits not finite")
+    with pytest.raises(records.Failed, match="broken: the logits of all 3 samples were not finite"):
+        sample_model(tmp_path / "broken", [problems[2]], brief, tmp_path / "c")
+
+
+def test_a_model_that_changes_meanwhile_is_refused(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_teacher, model)
+    load = checkpoint.load_model
+
+    def swapped(path: Path) -> Decoder:
+        loaded = load(path)
+        with torch.no_grad():
+            loaded.norm.weight.mul_(2)
+        save_model(loaded, path, tokenizer_from=tiny_teacher)
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load_model", swapped)
+    with pytest.raises(BadInput, match="model: changed while it was being read"):
+        sample_model(model, problems, SETTINGS, tmp_path / "out")
+
+
 PROGRAM = """
 import os, signal, sys, torch
 from pathlib import Path
 from thinkfast.data.problems import load_problems
 from thinkfast.recipe import SampleSettings
+from thinkfast.scale.adaptive import LiveVotes
 from thinkfast.scale import sample
 
 def deadly(share, text):
@@ -149,6 +200,51 @@ def test_a_deadline_between_two_samples_is_spent_all_the_same(
     assert records.read_json(tmp_path / "run.json")["notes"]["drawn"]["seconds"] == 50.0
 
 
+def test_a_decided_problem_stops_and_its_turns_go_to_the_others(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real engine draws; what its random texts would vote for is made up, by the question."""
+    sides = iter(range(10**6))
+
+    def said(self: LiveVotes, problem: int, text: str) -> None:
+        real(self, problem, "#### 7" if problem in (0, 3) else f"#### {next(sides)}")
+
+    real = LiveVotes.count
+    monkeypatch.setattr(LiveVotes, "count", said)
+    settings = SETTINGS.model_copy(update={"n": 12, "stop_error": 0.1})
+    drawn = sample_model(tiny_teacher, problems, settings, tmp_path / "a")
+    rows = records.read_samples(tmp_path / "a")
+    counts = {problem.id: sum(row.problem_id == problem.id for row in rows) for problem in problems}
+    # Five equal votes decide; what is in the slots by then is finished and counts.
+    assert {counts[problems[place].id] for place in (1, 2, 4)} == {12}
+    assert all(5 <= counts[problems[place].id] <= 9 for place in (0, 3))
+    assert drawn.seconds == max(row.t_end for row in rows)  # it ended by itself, not by the clock
+    assert records.read_json(tmp_path / "a" / "run.json")["notes"]["stopped"] == 2
+    # A sample is the same function of seed, prompt and index as without stopping.
+    sample_model(tiny_teacher, problems, SETTINGS.model_copy(update={"n": 12}), tmp_path / "b")
+    texts = {(row.problem_id, row.sample_index): row.text for row in records.read_samples(tmp_path / "b")}
+    assert all(texts[row.problem_id, row.sample_index] == row.text for row in rows)
+    with pytest.raises(BadInput, match="was made with stop_error"):
+        sample_model(tiny_teacher, problems, SETTINGS.model_copy(update={"n": 12}), tmp_path / "a")
+
+
+def test_an_interrupted_adaptive_run_remembers_its_votes(
+    tiny_teacher: Path, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LiveVotes.count
+    monkeypatch.setattr(LiveVotes, "count", lambda self, problem, text: real(self, problem, "#### 7"))
+
+    def interrupt(share: float, text: str) -> None:
+        if text.startswith("26 "):
+            raise KeyboardInterrupt
+
+    settings = SETTINGS.model_copy(update={"n": 50, "stop_error": 0.1})
+    with pytest.raises(KeyboardInterrupt):
+        sample_model(tiny_teacher, problems, settings, tmp_path, update=interrupt)
+    sample_model(tiny_teacher, problems, settings, tmp_path)
+    assert len(records.read_samples(tmp_path)) < 5 * 10
+
+
 def test_the_clock_ends_it(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"n": 100_000, "seconds": 1.0})
     drawn = sample_model(tiny_teacher, problems, settings, tmp_path)
@@ -200,6 +296,7 @@ import sys, torch
 from pathlib import Path
 from thinkfast.data.problems import load_problems
 from thinkfast.recipe import SampleSettings
+from thinkfast.scale.adaptive import LiveVotes
 from thinkfast.scale import sample
 
 torch.set_num_threads(1)

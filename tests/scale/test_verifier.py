@@ -71,6 +71,26 @@ def test_padding_changes_nothing(tiny_teacher: Path, groups: list[list[Example]]
     torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-5)
 
 
+def test_the_terms_of_the_loss_are_what_they_say(tiny_teacher: Path, groups: list[list[Example]]) -> None:
+    decoder, tokenizer = load_model(tiny_teacher), load_tokenizer(tiny_teacher)
+    model = Verifier(decoder, step_ends(tokenizer, decoder.config.vocab_size)).eval()
+    batch = [groups[0], [groups[1][0]]]  # the second has no pair
+
+    def loss(**weights: float) -> float:
+        none = {"text_weight": 0.0, "pair_weight": 0.0, "step_weight": 0.0}
+        return verifier_loss(model, batch, tokenizer.pad_id, VerifierSettings(**(none | weights))).item()
+
+    with torch.inference_mode():
+        one = [model(*collate([example], tokenizer.pad_id)) for group in batch for example in group]
+    right = [scores for scores, e in zip(one, [*groups[0], groups[1][0]], strict=True) if e.correct]
+    wrong = [scores for scores, e in zip(one[:4], groups[0], strict=True) if not e.correct]
+    likely = -np.mean([float(scores.likelihood) for scores in right])
+    pairs = np.mean([np.log1p(np.exp(float(b.total - a.total))) for a in right[:2] for b in wrong])
+    assert loss(text_weight=1.0) == pytest.approx(likely, rel=1e-4)
+    assert loss(pair_weight=1.0) == pytest.approx(pairs, rel=1e-3)
+    assert loss(text_weight=2.0, pair_weight=3.0) == pytest.approx(2 * likely + 3 * pairs, rel=1e-3)
+
+
 def test_it_learns_within_problems_and_is_read_back(
     tiny_teacher: Path, groups: list[list[Example]], tmp_path: Path
 ) -> None:
@@ -124,14 +144,17 @@ def test_step_labels_come_from_roll_outs_and_teach(tiny_teacher: Path) -> None:
     assert asked == [len(prompt) + cut + 1 for cut in cuts]
     model = Verifier(decoder, ends)
     right = Example(prompt, answer, True)
-    plain = verifier_loss(model, [[right, example]], tokenizer.pad_id, 0.5)
-    taught = verifier_loss(model, [[right, labelled]], tokenizer.pad_id, 0.5)
+    plain = verifier_loss(model, [[right, example]], tokenizer.pad_id, VerifierSettings())
+    taught = verifier_loss(model, [[right, labelled]], tokenizer.pad_id, VerifierSettings())
     assert taught > plain
     taught.backward()
     assert torch.isfinite(model.head.weight.grad).all()
 
 
 def test_what_cannot_teach_or_be_read_is_told(tiny_teacher: Path, groups: list[list[Example]], tmp_path: Path) -> None:
+    rights = [[group[0], group[2]] for group in groups[:2]]
+    with pytest.raises(BadInput, match="no problem has right and wrong samples"):
+        train_verifier(tiny_teacher, rights, VerifierSettings(steps=1), tmp_path)
     with pytest.raises(BadInput, match="no problem has right and wrong samples"):
         train_verifier(tiny_teacher, [[groups[0][0]]], VerifierSettings(steps=1), tmp_path)
     with pytest.raises(BadInput, match="not a verifier made by train-reward"):

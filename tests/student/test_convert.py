@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
-from thinkfast.student.convert import GATE_ONE, attention_traces, convert, open_gate
+from thinkfast.model.mixer import GATE_ONE, open_gate
+from thinkfast.student.convert import attention_traces, convert
 from thinkfast.student.plan import LayerPlan
 
 CONFIG = DecoderConfig(50, 32, 48, 4, 2, 8, (ATTENTION,) * 3)

@@ -11,7 +11,8 @@ from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import RMSNorm
-from thinkfast.student.convert import CONV_GAIN, attention_traces, convert, norm_factors
+from thinkfast.model.mixer import CONV_GAIN, norm_factors
+from thinkfast.student.convert import attention_traces, convert
 from thinkfast.student.plan import LayerPlan, plan_document
 
 PLAIN = DecoderConfig(50, 32, 48, 4, 2, 8, (ATTENTION,) * 3)

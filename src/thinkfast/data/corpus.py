@@ -1,8 +1,9 @@
 """Tokenised documents in one flat file, read through a memory map in an order that a cursor fixes.
 
 A corpus is a directory: `tokens.bin` (all ids one after another, uint16 or uint32), `index.npy` (int64, one row a
-document: offset and prompt length, and a last row with the total) and `corpus.json` (counts and the tokenizer's
-fingerprint), which is written last: a directory without it is not a corpus.
+document: offset and prompt length, and a last row with the total), `gaps.npy` where conversations have several answers
+(int64, one row a gap: document, begin and end of what stands between two answers) and `corpus.json` (counts and the
+tokenizer's fingerprint), which is written last: a directory without it is not a corpus.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,14 +62,16 @@ class Batch:
 
 def write_corpus(
     path: Path | str,
-    documents: Iterable[tuple[list[int], list[int]]],
+    documents: Iterable[Sequence[list[int]]],
     fingerprint: str,
     vocab_size: int,
+    sources: Sequence[Mapping[str, Any]] = (),
 ) -> Corpus:
-    """Writes (prompt ids, completion ids) pairs as a corpus directory and opens it.
+    """Writes documents of (prompt ids, completion ids, prompt ids, completion ids, ...) as a directory and opens it.
 
-    Completions should end with the end-of-sequence id where the model is to learn to stop. Raises BadInput when an id
-    does not fit the vocabulary, and when there is no completion token at all.
+    Completions should end with the end-of-sequence id where the model is to learn to stop. `sources` is noted in
+    corpus.json, after the last document was taken. Raises BadInput when an id does not fit the vocabulary, and when
+    there is no completion token at all.
     """
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
@@ -75,20 +79,23 @@ def write_corpus(
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     digest = hashlib.sha256()
     rows: list[tuple[int, int]] = []
+    gaps: list[tuple[int, int, int]] = []
     total = completion_tokens = 0
     partial = root / ".tokens.bin.tmp"
     try:
         with partial.open("wb") as out:
-            for prompt, completion in documents:
-                ids = np.asarray([*prompt, *completion], dtype=np.int64)
+            for document in documents:
+                ids = np.asarray([token for stretch in document for token in stretch], dtype=np.int64)
                 if not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
                     raise BadInput(f"{root}: document {len(rows)} is empty or has an id outside 0..{vocab_size - 1}")
                 data = ids.astype(dtype).tobytes()
                 digest.update(data)
                 out.write(data)
-                rows.append((total, len(prompt)))
+                ends = np.cumsum([len(stretch) for stretch in document]).tolist()
+                gaps += [(len(rows), ends[at - 1], ends[at]) for at in range(2, len(ends), 2)]
+                rows.append((total, len(document[0])))
                 total += len(ids)
-                completion_tokens += len(completion)
+                completion_tokens += sum(map(len, document[1::2]))
             out.flush()
             os.fsync(out.fileno())
         partial.replace(root / "tokens.bin")
@@ -97,9 +104,10 @@ def write_corpus(
     index = np.asarray([*rows, (total, 0)], dtype=np.int64)
     digest.update(index.tobytes())
     _check_counts(root, len(rows), completion_tokens)
-    buffer = io.BytesIO()
-    np.save(buffer, index)
-    records.write_bytes(root / "index.npy", buffer.getvalue())
+    _write_array(root / "index.npy", index)
+    if gaps:
+        digest.update(np.asarray(gaps, dtype=np.int64).tobytes())
+        _write_array(root / "gaps.npy", np.asarray(gaps, dtype=np.int64))
     description = {
         "format": FORMAT,
         "documents": len(rows),
@@ -109,9 +117,17 @@ def write_corpus(
         "vocab_size": vocab_size,
         "tokenizer": fingerprint,
         "sha256": digest.hexdigest(),
+        "gaps": len(gaps),
+        "sources": [dict(source) for source in sources],
     }
     records.write_json(root / "corpus.json", description)
     return Corpus(root)
+
+
+def _write_array(path: Path, array: npt.NDArray[np.int64]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    records.write_bytes(path, buffer.getvalue())
 
 
 def _check_counts(root: Path, documents: int, completion_tokens: int) -> None:
@@ -135,7 +151,7 @@ class Corpus:
             self.identity = str(description["sha256"])
             dtype = np.dtype(description["dtype"])
             documents, tokens = int(description["documents"]), int(description["tokens"])
-            completion_tokens = int(description["completion_tokens"])
+            completion_tokens, gaps = int(description["completion_tokens"]), int(description.get("gaps", 0))
             known = description["format"] == FORMAT
         except FileNotFoundError:
             raise BadInput(f"{described}: not found; the corpus is missing or was not written to its end") from None
@@ -150,12 +166,20 @@ class Corpus:
         _check_counts(self.path, documents, completion_tokens)
         try:
             index = np.load(self.path / "index.npy")
+            self._gaps: npt.NDArray[np.int64] = (
+                np.load(self.path / "gaps.npy") if gaps else np.zeros((0, 3), dtype=np.int64)
+            )
             self._tokens: npt.NDArray[np.unsignedinteger] = np.memmap(self.path / "tokens.bin", dtype=dtype, mode="r")
         except (OSError, ValueError) as error:
-            raise BadInput(f"{self.path}: tokens.bin or index.npy cannot be read ({error})") from None
-        if index.shape != (documents + 1, 2) or index[-1, 0] != tokens or len(self._tokens) != tokens:
+            raise BadInput(f"{self.path}: tokens.bin, index.npy or gaps.npy cannot be read ({error})") from None
+        if (
+            index.shape != (documents + 1, 2)
+            or index[-1, 0] != tokens
+            or len(self._tokens) != tokens
+            or len(self._gaps) != gaps
+        ):
             raise BadInput(
-                f"{self.path}: tokens.bin and index.npy do not match corpus.json; the corpus is half written"
+                f"{self.path}: tokens.bin, index.npy and gaps.npy do not match corpus.json; the corpus is half written"
             )
         self._offsets: npt.NDArray[np.int64] = index[:-1, 0].copy()
         self.lengths: npt.NDArray[np.int64] = np.diff(index[:, 0])
@@ -179,11 +203,14 @@ class Corpus:
         part.lengths = self.lengths[start:stop]
         part.prompt_lengths = self.prompt_lengths[start:stop]
         part.identity = f"{self.identity}[{start}:{stop}]"
-        _check_counts(self.path, len(part), int((part.lengths - part.prompt_lengths).sum()))
+        first, last = np.searchsorted(self._gaps[:, 0], (start, stop))
+        part._gaps = self._gaps[first:last] - np.asarray([start, 0, 0])
+        learnt = part.lengths.sum() - part.prompt_lengths.sum() - (part._gaps[:, 2] - part._gaps[:, 1]).sum()
+        _check_counts(self.path, len(part), int(learnt))
         return part
 
     def document(self, index: int) -> tuple[list[int], list[int]]:
-        """Prompt ids and completion ids of one document."""
+        """The ids of one document up to its first completion, and all others."""
         start, cut = int(self._offsets[index]), int(self.prompt_lengths[index])
         ids = self._tokens[start : start + int(self.lengths[index])].tolist()
         return ids[:cut], ids[cut:]
@@ -197,7 +224,42 @@ class Corpus:
             ids[row, :length] = self._tokens[start : start + length]
         slots = np.arange(ids.shape[1])
         completion = (slots >= self.prompt_lengths[indices][:, None]) & (slots < lengths[:, None])
+        for row, index in enumerate(indices if len(self._gaps) else []):
+            for begin, end in self._gaps_of(int(index)):
+                completion[row, begin:end] = False
         return Batch(torch.from_numpy(ids), torch.from_numpy(completion), torch.from_numpy(lengths.copy()))
+
+    def stream(self, order: npt.NDArray[np.int64], rows: range, length: int) -> Batch:
+        """Rows of `length` tokens out of the documents in `order`, written one behind the other without a break."""
+        ends = np.cumsum(self.lengths[order])
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        completion = np.zeros((len(rows), length), dtype=bool)
+        for row, number in enumerate(rows):
+            filled, start = 0, number * length
+            while filled < length:
+                place = int(np.searchsorted(ends, start + filled, side="right"))
+                index = int(order[place])
+                skip = start + filled - int(ends[place] - self.lengths[index])
+                count = min(int(self.lengths[index]) - skip, length - filled)
+                offset = int(self._offsets[index]) + skip
+                here = slice(filled, filled + count)
+                ids[row, here] = self._tokens[offset : offset + count]
+                completion[row, here] = self._completion(index)[skip : skip + count]
+                filled += count
+        lengths = torch.full((len(rows),), length)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(completion), lengths)
+
+    def _completion(self, index: int) -> npt.NDArray[np.bool_]:
+        """Which tokens of a document belong to a completion."""
+        mask: npt.NDArray[np.bool_] = np.arange(self.lengths[index]) >= self.prompt_lengths[index]
+        for begin, end in self._gaps_of(index):
+            mask[begin:end] = False
+        return mask
+
+    def _gaps_of(self, index: int) -> list[tuple[int, int]]:
+        """Begin and end of every stretch of a document between two of its completions."""
+        first, last = np.searchsorted(self._gaps[:, 0], (index, index + 1))
+        return [(int(begin), int(end)) for _, begin, end in self._gaps[first:last]]
 
 
 def epoch_batches(
@@ -220,12 +282,23 @@ def epoch_batches(
     return [groups[i] for i in random.permutation(len(groups))]
 
 
-def batches(corpus: Corpus, cursor: Cursor, batch_tokens: int) -> Iterator[tuple[Batch, Cursor]]:
+def batches(
+    corpus: Corpus, cursor: Cursor, batch_tokens: int, row_tokens: int | None = None
+) -> Iterator[tuple[Batch, Cursor]]:
     """Endless batches from `cursor` on, each with the cursor that follows it.
 
-    The n-th batch is a function of (corpus, seed, epoch, position, batch_tokens) alone, so that a run goes on exactly
-    where it stopped. Raises BadInput when the cursor points behind its epoch.
+    Without `row_tokens` every document has a row of its own, so that neither attention nor convolution nor state sees
+    another one: what cross-entropy on isolated documents asks for. With it an epoch's documents, shuffled, are cut into
+    rows of that many tokens; a row begins anywhere and reads across documents. Where teacher and student read the same
+    row that is sound, and nothing is padding; a last part shorter than a row is left out.
+
+    The n-th batch is a function of (corpus, seed, epoch, position, batch_tokens, row_tokens) alone, whatever the number
+    of processes, so that a run goes on exactly where it stopped. Raises BadInput when the cursor points behind its
+    epoch, and when the corpus does not fill one row.
     """
+    if row_tokens is not None:
+        yield from _concatenated(corpus, cursor, max(1, batch_tokens // row_tokens), row_tokens)
+        return
     seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
     while True:
         groups = epoch_batches(corpus.lengths, seed, epoch, batch_tokens)
@@ -235,4 +308,21 @@ def batches(corpus: Corpus, cursor: Cursor, batch_tokens: int) -> Iterator[tuple
             last = place + 1 == len(groups)
             following = Cursor(seed, epoch + 1, 0) if last else Cursor(seed, epoch, place + 1)
             yield corpus.collate(groups[place]), following
+        epoch, position = epoch + 1, 0
+
+
+def _concatenated(corpus: Corpus, cursor: Cursor, rows: int, length: int) -> Iterator[tuple[Batch, Cursor]]:
+    """The batches of `rows` rows of `length` tokens, see `batches`."""
+    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
+    full = corpus.tokens // length
+    if not full:
+        raise BadInput(f"{corpus.path}: {corpus.tokens} tokens, fewer than a row of {length}")
+    count = -(-full // rows)
+    if position >= count:
+        raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {count} batches")
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(len(corpus))
+        for place in range(position, count):
+            following = Cursor(seed, epoch + 1, 0) if place + 1 == count else Cursor(seed, epoch, place + 1)
+            yield corpus.stream(order, range(place * rows, min((place + 1) * rows, full)), length), following
         epoch, position = epoch + 1, 0

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,16 +69,26 @@ def load_state(path: Path, identity: Identity, model: nn.Module, optimizer: torc
         made, counters = document["identity"], document["counters"]
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a training state ({type(error).__name__}); remove it to begin anew") from None
-    for key in {**identity, **made}:
-        if made.get(key) != identity.get(key):
-            raise BadInput(
-                f"{path}: was made with {key} = {made.get(key)!r}, not {identity.get(key)!r}; "
-                "remove it or choose another directory"
-            )
+    check_identity(path, made, identity)
     try:
         model.load_state_dict(document["model"])
         optimizer.load_state_dict(document["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise BadInput(f"{path}: belongs to another model ({str(error).splitlines()[0]})") from None
     torch.random.set_rng_state(document["random"])
-    return replace(Counters(**counters), cursor=Cursor(**counters["cursor"]))
+    return counters_from(counters)
+
+
+def check_identity(path: Path, made: Identity, identity: Identity) -> None:
+    """Raises BadInput naming the first thing in which what a state was made with differs from what is asked for."""
+    for key in {**identity, **made}:
+        if made.get(key) != identity.get(key):
+            raise BadInput(
+                f"{path}: was made with {key} = {made.get(key)!r}, not {identity.get(key)!r}; "
+                "remove it or choose another directory"
+            )
+
+
+def counters_from(document: dict[str, Any]) -> Counters:
+    """Counters out of what `asdict` made of them."""
+    return replace(Counters(**document), cursor=Cursor(**document["cursor"]))

@@ -1,27 +1,28 @@
-"""What computes a step: the native kernels, or the decoder itself in torch."""
+"""What computes a step: the native kernels, those for GPUs, or the decoder itself in torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from thinkfast.engine.sampling import draw
-from thinkfast.engine.slots import SlotTable
+from thinkfast.engine.slots import Finished, SlotTable
 from thinkfast.errors import BadInput
 from thinkfast.model.cache import AttentionCache, Cache, new_cache
-from thinkfast.model.config import ATTENTION
+from thinkfast.model.config import ATTENTION, MAMBA2
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import rope_frequencies
 from thinkfast.ops.cpu.build import BuildError
-from thinkfast.ops.cpu.native import NativeModel, NativePool, Shape
+from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape
+from thinkfast.ops.triton import runs, usable
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = ("auto", "native", "triton", "torch")
 Drawn = tuple[NDArray[np.int32], NDArray[np.float64]]
 
 
@@ -44,6 +45,24 @@ class Memory(Protocol):
         """
 
 
+@runtime_checkable
+class Ahead(Protocol):
+    """Memory that takes several steps without the host looking in between."""
+
+    def ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
+        """Tokens and log-probabilities, each (steps, rows), of as many steps as may be made within `seconds`."""
+
+
+def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Iterator[list[Finished]]:
+    """One step of the slots in `rows`, or several at once where the memory can: what each of them ends."""
+    if not isinstance(memory, Ahead):
+        yield table.advance(rows, *memory.step(table, rows))
+        return
+    for tokens, logprobs in zip(*memory.ahead(table, rows, seconds), strict=True):
+        running = table.active[rows]
+        yield table.advance(rows[running], tokens[running], logprobs[running])
+
+
 class Backend(Protocol):
     """Makes the memory that steps run in."""
 
@@ -59,21 +78,24 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The state behind `length` tokens, either as bytes or as a cache of one row."""
+    """The state behind `length` tokens, in the native kernels' pages or as a cache of one row."""
 
     length: int
-    state: NDArray[np.uint8] | Cache
+    state: NativeKept | Cache
 
 
 class NativeBackend:
-    """The C++ kernels, with `torch.get_num_threads()` threads. Holds a float32 copy of the weights."""
+    """The C++ kernels, with `torch.get_num_threads()` threads. Holds a copy of the weights, in float32 or bfloat16.
+
+    weights: "float32", "bfloat16", or "auto": bfloat16 where that loses nothing, as with checkpoints stored in it.
+    """
 
     name = "native"
 
-    def __init__(self, model: Decoder, kv_dtype: str) -> None:
+    def __init__(self, model: Decoder, kv_dtype: str, weights: str = "auto") -> None:
         config, mamba = model.config, model.config.mamba
-        if mamba is not None and mamba.discrete:
-            raise BuildError("the kernels have no Discrete Mamba-2")
+        if mamba is not None and mamba.kind != MAMBA2:
+            raise BuildError(f"the kernels have no {mamba.title}")
         if config.qkv_bias or config.qk_norm:
             raise BuildError(f"the kernels have no {'QKV bias' if config.qkv_bias else 'QK norm'}")
         # Half the bytes a step, and wide enough for keys and values.
@@ -93,7 +115,9 @@ class NativeBackend:
             shape = replace(shape, mamba=sizes)
         tensors = {**model.state_dict(), "head": model.head_weight}
         frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
-        self.model = NativeModel(shape, tensors, frequency)
+        half = weights == "bfloat16" or (weights == "auto" and all(map(_is_bfloat16, tensors.values())))
+        self.weights = "bfloat16" if half else "float32"
+        self.model = NativeModel(shape, tensors, frequency, half)
 
     def memory(self, slots: int, capacity: int) -> NativeMemory:
         return NativeMemory(self.model, slots, capacity, self.kv_dtype == "bfloat16", torch.get_num_threads())
@@ -101,6 +125,11 @@ class NativeBackend:
     def fits(self, memory: Memory, capacity: int) -> bool:
         threads = memory.threads if isinstance(memory, NativeMemory) else 0
         return memory.capacity >= capacity and threads == torch.get_num_threads()
+
+
+def _is_bfloat16(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, if it is a matrix, holds nothing that bfloat16 would round."""
+    return tensor.ndim != 2 or tensor.dtype == torch.bfloat16 or torch.equal(tensor.bfloat16().to(tensor.dtype), tensor)
 
 
 class NativeMemory:
@@ -123,13 +152,17 @@ class NativeMemory:
                     held[at] = state.length
             self._pool.prefill(lanes, together, held)
             for lane, length, prompt in zip(lanes, held, together, strict=True):
-                kept.append(Kept(length + len(prompt), self._pool.save(lane, length + len(prompt))))
+                kept.append(Kept(length + len(prompt), self._pool.keep(lane, length + len(prompt))))
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
+        self.resume(kept, slot)
+
+    def resume(self, kept: Kept, slot: int, shared: int | None = None) -> None:
+        """`fork`, but of tokens behind the first `shared` the slot gets keys and values of its own."""
         if isinstance(kept.state, Cache):
             raise ValueError("a torch cache was given to the native backend")
-        self._pool.load(slot, kept.length, kept.state)
+        self._pool.resume(slot, kept.state, shared)
 
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
         tokens, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)
@@ -213,22 +246,37 @@ def _rows_of(kept: Kept) -> Cache:
     return kept.state
 
 
-def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto") -> Backend:
-    """`auto` takes the native kernels where the model is on the CPU and they can be compiled, else torch.
+def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto", weights: str = "auto") -> Backend:
+    """`auto` takes the native kernels where the model is on the CPU and they can be compiled, the Triton kernels where
+    it is on a GPU and they are there, else torch.
 
-    Raises BadInput for an unknown name, and for "native" where the kernels cannot be had.
+    weights: the native kernels' copy of the matrices, see `NativeBackend`.
+    Raises BadInput for an unknown name, and for "native" or "triton" where the kernels cannot be had.
     """
     if backend not in BACKENDS:
         raise BadInput(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if kv_dtype not in KV_DTYPES:
         raise BadInput(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
+    if weights not in KV_DTYPES:
+        raise BadInput(f"weights is {weights!r}, expected one of {', '.join(KV_DTYPES)}")
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     if backend == "native" and not on_cpu:
         raise BadInput(f"backend 'native' needs a model on the cpu, this one is on {model.embed_tokens.weight.device}")
+    device = model.embed_tokens.weight.device
+    if backend == "triton" and not runs(device):
+        raise BadInput(f"backend 'triton' needs a model on a gpu and the package triton, this model is on {device}")
+    if backend == "triton" or (backend == "auto" and usable(device)):
+        from thinkfast.engine.gpu import GpuBackend
+
+        try:
+            return GpuBackend(model, kv_dtype)
+        except ValueError as error:
+            if backend == "triton":
+                raise BadInput(f"backend 'triton': {error}") from error
     if backend == "torch" or not on_cpu:
         return TorchBackend(model, kv_dtype)
     try:
-        return NativeBackend(model, kv_dtype)
+        return NativeBackend(model, kv_dtype, weights)
     except BuildError as error:
         if backend == "native":
             raise BadInput(f"backend 'native': {error}") from error

@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from thinkfast.engine.backends import Backend, Memory, open_backend
+from thinkfast.engine.backends import Backend, Memory, decode, open_backend
 from thinkfast.engine.prefill import Desk
-from thinkfast.engine.room import Plan, kept_bytes, machine_bytes, plan
+from thinkfast.engine.room import HISTORY_BYTES, Plan, kept_bytes, machine_bytes, plan
 from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams
 from thinkfast.engine.slots import Rounds, SlotTable
+from thinkfast.engine.speculative import SpeculativeBackend
 from thinkfast.errors import BadInput
 from thinkfast.model.decoder import Decoder
 
@@ -22,10 +23,13 @@ Result = tuple[int, int, Sample]
 class Engine:
     """Draws samples from a decoder.
 
-    slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "torch", or "auto", the first that can
-    be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's dtype in torch.
+    slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "triton" (GPUs), "torch", or "auto",
+    the first that can be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's
+    dtype in the others.
     memory: bytes for states, keys and values, weights not counted; of the slots as many are used as fit, and prompts
     whose states do not fit are fed again. Without it, slots that exceed the machine's memory are refused.
+    draft: a smaller model of the same vocabulary that guesses tokens ahead, for few slots (`speculative.py`); samples
+    keep their distribution, a greedy one its tokens.
     The native backend copies the weights: make a new engine after training on.
     Raises BadInput for slots < 1, memory < 1 or an unknown name.
     """
@@ -37,6 +41,7 @@ class Engine:
         backend: str = "auto",
         kv_dtype: str = "auto",
         memory: int | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         if slots < 1:
             raise BadInput(f"slots is {slots}, expected 1 or more")
@@ -45,12 +50,16 @@ class Engine:
         self.config = model.config
         self.slots = slots
         self._budget, self._device = memory, model.embed_tokens.weight.device
-        self._backend: Backend = open_backend(model, backend, kv_dtype)
+        opened: Backend = open_backend(model, "torch" if draft and backend == "auto" else backend, kv_dtype)
+        if draft is not None and opened.name != "torch":
+            raise BadInput(f"backend is {opened.name!r}, expected 'auto' or 'torch' with a draft")
+        self._backend = opened if draft is None else SpeculativeBackend(model, draft, kv_dtype)
+        self._configs = [model.config] if draft is None else [model.config, draft.config]
         self._memory: Memory | None = None
 
     @property
     def backend(self) -> str:
-        """The name of what computes: "native" or "torch"."""
+        """The name of what computes: "native", "triton", "torch" or "speculative"."""
         return self._backend.name
 
     def sample(
@@ -77,11 +86,13 @@ class Engine:
         deadline: float | None = None,
         skip: Collection[tuple[int, int]] = frozenset(),
         clock_start: float = 0.0,
+        dropped: Collection[int] = frozenset(),
     ) -> Iterator[Result]:
         """Yields (prompt index, sample index, Sample) as samples finish.
 
-        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out. A sample's tokens
-        depend on the seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
+        Sample j of every prompt is admitted before sample j + 1 of any; pairs in `skip` are left out, and of prompts
+        that the caller puts into `dropped` meanwhile no further sample is admitted. A sample's tokens depend on the
+        seed, its prompt and its index alone. The clock shows `clock_start` at the first prefill; once it
         shows `deadline`, running samples end with finish_reason "deadline" and no more are started. It runs on while
         the caller handles a result.
         Raises BadInput for an empty prompt, a token id outside the vocabulary, a prompt that leaves no room for
@@ -91,7 +102,7 @@ class Engine:
         self.check(held, n, params)
         longest = max(map(len, held), default=0)
         room = self.plan(longest + params.max_tokens, longest)
-        return self._run(held, Rounds(len(held), n, skip), params, deadline, clock_start, room)
+        return self._run(held, Rounds(len(held), n, skip, dropped), params, deadline, clock_start, room)
 
     def plan(self, capacity: int, prompt: int, lazy: bool = False) -> Plan:
         """What fits into memory of sequences of at most `capacity` tokens behind prompts of at most `prompt`.
@@ -101,11 +112,16 @@ class Engine:
         """
         room = machine_bytes(self._device) if self._budget is None else self._budget
         how = {"fewer": self._budget is not None, "lazy": lazy and self._device.type == "cpu"}
-        return plan(self.config, self._backend.kv_dtype, self.slots, capacity, prompt, room, **how)
+        return plan(self.slots, capacity, self.slot_bytes(capacity), self.kept_bytes(prompt), room, **how)
 
     def kept_bytes(self, tokens: int) -> int:
         """Bytes of the state behind so many tokens."""
-        return kept_bytes(self.config, tokens, self._backend.kv_dtype)
+        return sum(kept_bytes(config, tokens, self._backend.kv_dtype) for config in self._configs)
+
+    def slot_bytes(self, capacity: int) -> int:
+        """Bytes of one slot for sequences of at most `capacity` tokens, with what it has drawn."""
+        twice = self.kept_bytes(0) if len(self._configs) > 1 else 0  # speculating keeps states twice
+        return self.kept_bytes(capacity) + twice + HISTORY_BYTES * capacity
 
     def open_memory(self, slots: int, capacity: int) -> Memory:
         """Memory of its own for `slots` sequences of at most `capacity` tokens. Raises MemoryError."""
@@ -158,13 +174,13 @@ class Engine:
                 now = clock()
                 if now >= until:
                     for slot in rows.tolist():
-                        yield _result(table, slot, DEADLINE, now)
+                        yield *table.pair[slot], table.sample(slot, DEADLINE, now)
                     return
                 if len(rows):
-                    finished = table.advance(rows, *memory.step(table, rows))
-                    now = clock()
-                    for done in finished:
-                        yield _result(table, done.slot, done.reason, now)
+                    for finished in decode(memory, table, rows, until - now):
+                        now = clock()
+                        for done in finished:
+                            yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
                 elif desk.done:
                     return
         finally:
@@ -177,9 +193,3 @@ class Engine:
             return memory
         del memory  # before the new one is made
         return self._backend.memory(slots, capacity)
-
-
-def _result(table: SlotTable, slot: int, reason: str, now: float) -> Result:
-    prompt, index = table.pair[slot]
-    started, logprob = float(table.started[slot]), float(table.logprob[slot])
-    return prompt, index, Sample(table.tokens(slot), reason, started, now, logprob)

@@ -207,7 +207,7 @@ class LiveEngine:
         for index, slot in list(ticket.running.items()):
             if reason == DEADLINE:
                 self._tell_piece(ticket, index, slot)
-                ticket.listener(Drawn(index, self._sample(ticket, slot, DEADLINE, now)))
+                ticket.listener(Drawn(index, self._table.sample(slot, DEADLINE, now, ticket.submitted)))
             self._free(slot)
         if ticket.prefix.ready and all(t.prefix is not ticket.prefix for t in self._live):
             self._shelf.put(ticket.prefix)
@@ -365,15 +365,10 @@ class LiveEngine:
         ticket, index = self._owner[slot], self._table.pair[slot][1]
         assert ticket is not None
         self._tell_piece(ticket, index, slot)
-        sample = self._sample(ticket, slot, reason, now)
+        sample = self._table.sample(slot, reason, now, ticket.submitted)
         ticket.shortest = min(ticket.shortest, len(sample.token_ids))
         self._free(slot)
         ticket.listener(Drawn(index, sample))
-
-    def _sample(self, ticket: Ticket, slot: int, reason: str, now: float) -> Sample:
-        table, origin = self._table, ticket.submitted
-        times = float(table.started[slot]) - origin, now - origin
-        return Sample(table.tokens(slot), reason, *times, float(table.logprob[slot]))
 
     def _tell_piece(self, ticket: Ticket, index: int, slot: int) -> None:
         since, until = ticket.sent[index], int(self._table.count[slot])

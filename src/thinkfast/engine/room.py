@@ -10,7 +10,7 @@ import torch
 from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, DecoderConfig
 
-BLOCK = 16  # the native kernels pad heads and capacities to it
+BLOCK = 32  # the native kernels pad heads to it and keep tokens in pages of so many
 HISTORY_BYTES = 12  # a drawn token: its id and its log-probability
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -37,11 +37,6 @@ def kept_bytes(config: DecoderConfig, tokens: int, kv_dtype: str) -> int:
     return total
 
 
-def slot_bytes(config: DecoderConfig, capacity: int, kv_dtype: str) -> int:
-    """Bytes of one slot for sequences of at most `capacity` tokens, with what it has drawn."""
-    return kept_bytes(config, capacity, kv_dtype) + HISTORY_BYTES * capacity
-
-
 def machine_bytes(device: torch.device) -> int:
     """Memory of the machine, or what is free of the device's own."""
     if device.type == "cuda":
@@ -50,23 +45,14 @@ def machine_bytes(device: torch.device) -> int:
 
 
 def plan(
-    config: DecoderConfig,
-    kv_dtype: str,
-    slots: int,
-    capacity: int,
-    prompt: int,
-    room: int,
-    *,
-    fewer: bool = False,
-    lazy: bool = False,
+    slots: int, capacity: int, each: int, kept: int, room: int, *, fewer: bool = False, lazy: bool = False
 ) -> Plan:
-    """What fits into `room` bytes of sequences of at most `capacity` tokens behind prompts of at most `prompt`.
+    """What fits into `room` bytes of slots of `each` bytes, for `capacity` tokens, and prompts of at most `kept` bytes.
 
     A prompt that is being fed and one that is kept are always provided for. Where not all slots fit, `fewer` takes as
     many as do and `lazy` all of them, for memory that is only taken when touched. Raises BadInput otherwise, and where
     not one request fits.
     """
-    each, kept = slot_bytes(config, capacity, kv_dtype), kept_bytes(config, prompt, kv_dtype)
     fit = (room - 2 * kept) // each
     if fit < 1:
         needed = _size(each + 2 * kept)

@@ -21,7 +21,8 @@ class SamplingParams:
     """How to draw a completion.
 
     temperature 0 takes the largest logit (the first of equals). top_k 0 and top_p 1.0 cut nothing off; top_k acts
-    first, then top_p on what it leaves. `stop` holds token-id sequences that end a sample and stay in it.
+    first, then top_p on what it leaves. `stop` holds token-id sequences that end a sample and stay in it. `logprobs`
+    asks for the log-probability of every token.
     Raises BadInput for a value out of range.
     """
 
@@ -32,6 +33,7 @@ class SamplingParams:
     stop: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(tuple(sequence) for sequence in self.stop))
@@ -59,6 +61,7 @@ class Sample:
     t_start, t_end: seconds from the first prefill to the sample's admission and to the moment its last token was known.
     logprob_sum: log-probability of the chosen tokens, an end-of-sequence token included, under the model's own
     distribution (temperature 1, nothing cut off).
+    logprobs: those of `token_ids` one by one, where they were asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -66,6 +69,7 @@ class Sample:
     t_start: float
     t_end: float
     logprob_sum: float
+    logprobs: tuple[float, ...] = ()
 
 
 def prompt_key(seed: int, prompt: Sequence[int]) -> int:
@@ -122,13 +126,33 @@ def draw(
     else:
         weights = np.exp(centred / params.temperature)
         _cut(centred, weights, params)
-        reached = weights.cumsum(axis=1)
-        target = uniform(keys, counters) * reached[:, -1]
-        chosen = (reached <= target[:, None]).sum(axis=1)
-        last = weights.shape[1] - 1 - (weights[:, ::-1] > 0).argmax(axis=1)
-        chosen = np.minimum(chosen, last)
+        chosen = invert(weights, uniform(keys, counters))
     logprobs = np.take_along_axis(centred, chosen[:, None], axis=1)[:, 0] - np.log(normaliser)
     return np.where(good, chosen, -1).astype(np.int32), np.where(good, logprobs, np.nan)
+
+
+def invert(weights: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.intp]:
+    """The id in each row of weights (rows, vocab) at which their running sum passes the share `at` of its end."""
+    reached = weights.cumsum(axis=1)
+    chosen = (reached <= (at * reached[:, -1])[:, None]).sum(axis=1)
+    last = weights.shape[1] - 1 - (weights[:, ::-1] > 0).argmax(axis=1)
+    least: NDArray[np.intp] = np.minimum(chosen, last)
+    return least
+
+
+def probabilities(logits: NDArray[np.float32], params: SamplingParams) -> NDArray[np.float64]:
+    """The distribution (rows, vocab) that `draw` draws from; NaN in a row whose logits are not finite."""
+    wide = logits.astype(np.float64)
+    centred = wide - wide.max(axis=1, keepdims=True)
+    if params.temperature == 0:
+        weights = np.zeros_like(wide)
+        weights[np.arange(len(wide)), wide.argmax(axis=1)] = 1.0
+    else:
+        weights = np.exp(centred / params.temperature)
+        _cut(centred, weights, params)
+    weights[~np.isfinite(centred.max(axis=1))] = np.nan
+    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return shares
 
 
 def _cut(centred: NDArray[np.float64], weights: NDArray[np.float64], params: SamplingParams) -> None:

@@ -9,33 +9,42 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from thinkfast.engine.sampling import ERROR, LENGTH, STOP, SamplingParams
+from thinkfast.engine.sampling import ERROR, LENGTH, STOP, Sample, SamplingParams
 
 
 class Rounds:
-    """The pairs (prompt, sample) still to draw: sample j of every prompt before sample j + 1 of any."""
+    """The pairs (prompt, sample) still to draw: sample j of every prompt before sample j + 1 of any.
 
-    def __init__(self, prompts: int, n: int, skip: Collection[tuple[int, int]] = ()) -> None:
+    Prompts in `dropped`, which may grow meanwhile, are handed out no more.
+    """
+
+    def __init__(
+        self, prompts: int, n: int, skip: Collection[tuple[int, int]] = (), dropped: Collection[int] = ()
+    ) -> None:
         drawn = frozenset(skip)
         skipped = Counter(prompt for prompt, sample in drawn if 0 <= prompt < prompts and 0 <= sample < n)
         self._left = [n - skipped[prompt] for prompt in range(prompts)]
         every = ((prompt, sample) for sample in range(n) for prompt in range(prompts))
         self._pairs = (pair for pair in every if pair not in drawn)
+        self._dropped = dropped
         self._next = next(self._pairs, None)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return self
 
     def __next__(self) -> tuple[int, int]:
-        if self._next is None:
+        pair = self.head
+        if pair is None:
             raise StopIteration
-        pair, self._next = self._next, next(self._pairs, None)
+        self._next = next(self._pairs, None)
         self._left[pair[0]] -= 1
         return pair
 
     @property
     def head(self) -> tuple[int, int] | None:
         """The pair that comes next."""
+        while self._next is not None and self._next[0] in self._dropped:
+            self._next = next(self._pairs, None)
         return self._next
 
     def left(self, prompt: int) -> int:
@@ -143,9 +152,14 @@ class SlotTable:
             self.active[done.slot] = False
         return finished
 
-    def tokens(self, slot: int) -> tuple[int, ...]:
-        """The tokens a slot has drawn."""
-        return tuple(self.history[slot, : self.count[slot]].tolist())
+    def sample(self, slot: int, reason: str, now: float, origin: float = 0.0) -> Sample:
+        """What a slot has drawn until `now`, with its times counted from `origin`."""
+        count, logprobs = self.count[slot], ()
+        if self.params[slot].logprobs:
+            logprobs = tuple(self.history_logprob[slot, :count].tolist())
+        times = float(self.started[slot]) - origin, now - origin
+        tokens = tuple(self.history[slot, :count].tolist())
+        return Sample(tokens, reason, *times, float(self.logprob[slot]), logprobs)
 
     def _stopped(self, slot: int) -> bool:
         held, stops = self.history[slot, : self.count[slot]], self.params[slot].stop

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import gguf
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+LARGEST = {"float16": 65504.0, "q8_0": 127 * 65504.0}
 WIDTH = 2  # llama.cpp asserts that a Mamba layer is twice as wide as the model
 Named = Iterator[tuple[str, Tensor]]
 
@@ -46,13 +47,15 @@ def export_gguf(source: Path, out: Path, dtype: str | None = None) -> dict[str, 
         raise BadInput("the package gguf is not installed: pip install 'thinkfast[export]'") from None
     model = load_model(source)
     config = expressible(model.config, source)
-    out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.part")
     writer = gguf.GGUFWriter(staging, "granitehybrid" if MAMBA in config.layer_types else "llama")
     _add_keys(writer, config, out.stem, gguf.LlamaFileType[("ALL_" if kind == "float32" else "MOSTLY_") + TYPES[kind]])
     warnings = add_vocabulary(writer, source, config)
     for name, tensor in tensors(model, config):
+        if not bool((tensor.abs() <= LARGEST.get(kind, torch.finfo(torch.float32).max)).all()):
+            raise BadInput(f"{name} holds values that are not finite in {kind}, choose another dtype")
         _add_tensor(writer, name, tensor.detach().float().numpy(), gguf.GGMLQuantizationType[TYPES[kind]])
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -73,8 +76,11 @@ def expressible(config: DecoderConfig, source: Path) -> DecoderConfig:
     Raises BadInput for a shape that llama.cpp has not got.
     """
     mamba = config.mamba
-    if config.qkv_bias or config.qk_norm:
-        raise BadInput(f"{source}: {'QKV bias' if config.qkv_bias else 'QK norm'} is not written for llama.cpp")
+    if config.qk_norm and MAMBA not in config.layer_types:
+        raise BadInput(
+            f"{source}: queries and keys are normed, which this writer does not express: "
+            "llama.cpp's own converter reads the directory as it is"
+        )
     check_stock(config)
     if MAMBA not in config.layer_types or mamba is None:
         return config
@@ -117,13 +123,17 @@ def tensors(model: Decoder, config: DecoderConfig) -> Named:
 def _attention(state: dict[str, Tensor], prefix: str, config: DecoderConfig) -> Named:
     for letter, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
         yield f"{prefix}.attn_{letter}.weight", _interleaved(state[f"mixer.{letter}_proj.weight"], heads)
+        if config.qkv_bias:
+            yield f"{prefix}.attn_{letter}.bias", _interleaved(state[f"mixer.{letter}_proj.bias"], heads)
     yield f"{prefix}.attn_v.weight", state["mixer.v_proj.weight"]
+    if config.qkv_bias:
+        yield f"{prefix}.attn_v.bias", state["mixer.v_proj.bias"]
     yield f"{prefix}.attn_output.weight", state["mixer.o_proj.weight"]
 
 
 def _interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * P, D), where channel i turns with i + P/2, in the order where 2 i turns with 2 i + 1."""
-    return rows.view(heads, 2, -1, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+    """Rows (heads * P, ...), where channel i turns with i + P/2, in the order where 2 i turns with 2 i + 1."""
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _mamba(state: dict[str, Tensor], prefix: str, own: MambaConfig, wide: MambaConfig) -> Named:

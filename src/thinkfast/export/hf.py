@@ -63,13 +63,16 @@ def export_hf(source: Path, out: Path, dtype: str | None = None, compat: bool = 
 def examine(config: DecoderConfig, source: Path, compat: bool) -> list[str]:
     """Refuses what dense GraniteMoeHybrid cannot express; says which readers would read the rest wrong."""
     mamba = config.mamba
+    if MAMBA not in config.layer_types or mamba is None:
+        return []
     check_stock(config)
-    if MAMBA not in config.layer_types or mamba is None or mamba.n_groups == 1:
+    if mamba.n_groups == 1:
         return []
     if compat:
         raise BadInput(
             f"{source}: {mamba.n_groups} groups, which transformers before 5.23 norm as one: no other form of the "
-            "weights makes up for it, so --compat needs a student with one group"
+            "weights makes up for it, so --compat needs a student with one group (LayerPlan's n_groups=1); without "
+            "--compat transformers 5.23, vLLM, SGLang and llama.cpp read it right"
         )
     return [
         f"{mamba.n_groups} groups: transformers before 5.23 and other readers that norm over all groups at once "

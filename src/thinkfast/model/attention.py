@@ -35,16 +35,11 @@ class Attention(nn.Module):
     def forward(self, u: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """u (B, L, D) -> (B, L, D). With a cache the L tokens are appended at each row's own length."""
         batch, length, _ = u.shape
-        q = self.q_proj(u).view(batch, length, self.num_heads, self.head_dim)
-        k = self.k_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.v_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         positions = torch.arange(length, device=u.device)
         if cache is not None:
             positions = cache.lengths[:, None] + positions
-        q = apply_rope(q, positions, self.frequency).transpose(1, 2)
-        k = apply_rope(k, positions, self.frequency).transpose(1, 2)
+        q, k = self.queries_keys(u, positions)
         v = v.transpose(1, 2)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -57,3 +52,22 @@ class Attention(nn.Module):
             )
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
         return out
+
+    def queries_keys(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Turned queries (B, H, L, P) and keys (B, KVH, L, P) of inputs u (B, L, D) at positions (B, L) or (L,)."""
+        batch, length, _ = u.shape
+        q = self.q_proj(u).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (apply_rope(x, positions, self.frequency).transpose(1, 2) for x in (q, k))
+        return q, k
+
+    def matrix(self, u: Tensor) -> Tensor:
+        """The weights with which query positions read key positions, (B, H, L, L), for inputs u (B, L, D)."""
+        q, k = self.queries_keys(u, torch.arange(u.shape[1], device=u.device))
+        repeats = self.num_heads // self.num_kv_heads
+        scores = q.float() @ k.float().repeat_interleave(repeats, dim=1).transpose(-1, -2) * self.head_dim**-0.5
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=u.device).triu(1)
+        weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return weights

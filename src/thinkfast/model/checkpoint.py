@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, DecoderConfig
+from thinkfast.model.config import ATTENTION, MAMBA2, DecoderConfig
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.foreign import absent, adapt, parse
 from thinkfast.model.layout import dump_config
+from thinkfast.model.own import dump_own
 from thinkfast.model.tensors import (
     from_stock,
     inert_layer,
@@ -107,8 +108,25 @@ def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | No
     if ATTENTION not in config.layer_types:
         stock |= inert_layer(config, dtype)
         config = config.with_layers((*config.layer_types, ATTENTION), config.mamba)
-    raw = dump_config(config, layout, dtype)
+    write_directory(path, dump_config(config, layout, dtype), stock, tokenizer_from)
 
+
+def save_own(model: Decoder, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
+    """`save_model`, but a decoder that no stock layout expresses (Discrete Mamba-2, Mamba-1) is written in thinkfast's
+    own, `model_type` "thinkfast": the decoder's shape and its tensors by the decoder's names. Only `load_model` reads
+    it."""
+    mamba = model.config.mamba
+    if mamba is None or mamba.kind == MAMBA2:
+        save_model(model, path, tokenizer_from)
+    else:
+        raw = dump_own(model.config, model.embed_tokens.weight.dtype)
+        write_directory(Path(path).resolve(), raw, dict(model.state_dict()), tokenizer_from)
+
+
+def write_directory(
+    path: Path, raw: dict[str, Any], stock: dict[str, Tensor], tokenizer_from: str | Path | None
+) -> None:
+    """Writes config, weights and tokenizer files beside `path`, an absolute one, and renames."""
     staging, replaced = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
@@ -122,6 +140,7 @@ def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | No
         _write_json(staging / GENERATION, {"_from_model_config": True} | tokens)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stock.items()}
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        (staging / WEIGHTS).chmod((staging / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
         if tokenizer_from is not None:
             for name in TOKENIZER_FILES:
                 if (source := Path(tokenizer_from) / name).exists():
@@ -136,7 +155,7 @@ def save_model(model: Decoder, path: str | Path, tokenizer_from: str | Path | No
         shutil.rmtree(staging, ignore_errors=True)
 
 
-class _WithoutInitialisation(TorchFunctionMode):
+class without_initialisation(TorchFunctionMode):  # noqa: N801 - used like a function
     """Leaves new parameters as they are. Memory nobody touches costs nothing, and unlike the meta device, whose
     arithmetic imports the compiler for seconds, this starts at once.
     """
@@ -152,7 +171,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 def _skeleton(config: DecoderConfig) -> Decoder:
     """A decoder whose matrices hold nothing yet."""
-    with _WithoutInitialisation():
+    with without_initialisation():
         return Decoder(config)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 ATTENTION = "attention"
 MAMBA = "mamba"
+MAMBA2, DISCRETE, MAMBA1 = "mamba2", "discrete", "mamba1"
+TITLES = {MAMBA2: "Mamba-2", DISCRETE: "Discrete Mamba-2", MAMBA1: "Mamba-1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,9 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class MambaConfig:
-    """Mamba-2 mixer shape, in the GraniteMoeHybrid definition: d_inner = n_heads * head_dim.
+    """The shape of a mixer with a state; `kind` says which one, see `thinkfast.model.mixers`.
 
-    `discrete`: the Discrete Mamba-2 of Llamba instead, see `thinkfast.model.discrete`.
+    Of Mamba-2 as GraniteMoeHybrid defines it, unless said otherwise there: d_inner = n_heads * head_dim.
     """
 
     n_heads: int
@@ -31,7 +33,7 @@ class MambaConfig:
     n_groups: int
     d_conv: int = 4
     chunk_size: int = 64
-    discrete: bool = False
+    kind: str = MAMBA2
 
     @property
     def d_inner(self) -> int:
@@ -39,12 +41,17 @@ class MambaConfig:
 
     @property
     def conv_dim(self) -> int:
-        """Channels that pass through the convolution: x, B and C."""
-        return self.d_inner + 2 * self.n_groups * self.d_state
+        """Channels that pass through the convolution: x, B and C; of Mamba-1 x alone."""
+        return self.d_inner if self.kind == MAMBA1 else self.d_inner + 2 * self.n_groups * self.d_state
+
+    @property
+    def title(self) -> str:
+        """What people call the mixer."""
+        return TITLES[self.kind]
 
     @property
     def in_proj_rows(self) -> int:
-        """Rows of in_proj: z, x, B, C, dt."""
+        """Rows of in_proj: z, x, B, C, dt. Mamba-1 has a projection for each."""
         return self.d_inner + self.conv_dim + self.n_heads
 
 

@@ -1,29 +1,30 @@
-"""One lean decoder for teacher and student: norm -> mixer -> norm -> SwiGLU, where a mixer is attention or Mamba-2."""
+"""One lean decoder for teacher and student: norm -> mixer -> norm -> SwiGLU, where a mixer is attention or has a
+state."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import AttentionCache, Cache, LayerCache, MambaCache
 from thinkfast.model.config import ATTENTION, DecoderConfig
-from thinkfast.model.discrete import DiscreteMamba2
 from thinkfast.model.layers import RMSNorm, SwiGLU
-from thinkfast.model.mamba2 import Mamba2
+from thinkfast.model.mixer import StateMixer, required
+from thinkfast.model.mixers import MIXERS
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    mixer: Attention | Mamba2 | DiscreteMamba2
+    mixer: Attention | StateMixer
 
     def __init__(self, config: DecoderConfig, kind: str) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        discrete = config.mamba is not None and config.mamba.discrete
-        mamba = DiscreteMamba2 if discrete else Mamba2
-        self.mixer = Attention(config) if kind == ATTENTION else mamba(config)
+        self.mixer = Attention(config) if kind == ATTENTION else MIXERS[required(config).kind](config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -47,11 +48,15 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids (B, L) -> logits (B, L, vocab). With a `Cache` (see `new_cache`) it goes on from what that holds."""
+    """Token ids (B, L) -> logits (B, L, vocab). With a `Cache` (see `new_cache`) it goes on from what that holds.
+
+    `recompute`: the layers' activations are not kept for the backward pass but computed again (arXiv 1604.06174).
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, kind) for kind in config.layer_types])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -67,7 +72,10 @@ class Decoder(nn.Module):
         """The states after the final norm, (B, L, D)."""
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
-            x = layer(x, None if cache is None else cache.layers[index])
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x, None if cache is None else cache.layers[index])
         normed: Tensor = self.norm(x)
         return normed
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig
+from thinkfast.model.config import ATTENTION, DISCRETE, MAMBA, DecoderConfig, MambaConfig
 from thinkfast.model.layout import (
     HYBRID,
     WRITTEN,
@@ -23,6 +23,7 @@ from thinkfast.model.layout import (
     parse_mamba,
     parse_rope,
 )
+from thinkfast.model.own import OWN, parse_own
 
 BAMBA, MAMBA2, MAMBA_SSM, LLAMBA = "bamba", "mamba2", "mamba_ssm", "llamba"
 BAMBA_ROTARY = 0.5
@@ -37,6 +38,8 @@ def parse(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
     """
     readers = {BAMBA: _bamba, MAMBA2: _mamba2, MAMBA_SSM: _mamba_ssm, LLAMBA: _llamba}
     layout = _layout(raw)
+    if layout == OWN:
+        return OWN, parse_own(raw, where)
     if layout in WRITTEN:
         return parse_config(raw, where)
     if layout not in readers:
@@ -170,7 +173,7 @@ def _llamba(fields: Fields) -> DecoderConfig:
         n_groups=mixer.integer("n_qk_heads", 32),
         d_conv=mixer.integer("d_conv", 4),
         chunk_size=mixer.integer("chunk_size", 128),
-        discrete=True,
+        kind=DISCRETE,
     )
     return DecoderConfig(
         vocab_size=_padded_vocabulary(fields, 8),
@@ -222,6 +225,8 @@ def absent(name: str, raw: dict[str, Any], layout: str) -> float | None:
 
 def adapt(state: dict[str, Tensor], raw: dict[str, Any], layout: str, config: DecoderConfig) -> dict[str, Tensor]:
     """A state dict in which the multipliers and the rotary embedding of the layout have become the decoder's own."""
+    if layout == OWN:
+        return state
     if layout == HYBRID:
         return _without_multipliers(state, raw, config)
     if config.rotary_dim:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig, RopeScaling
+from thinkfast.model.config import ATTENTION, MAMBA, MAMBA2, DecoderConfig, MambaConfig, RopeScaling
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = "llama", "mistral", "qwen2", "qwen3"
 HYBRID = "granitemoehybrid"
@@ -242,9 +242,10 @@ def check_stock(config: DecoderConfig) -> None:
             "the attention layers norm queries and keys, which no layout of a hybrid model can express: "
             "convert every layer, or take a teacher without QK norm"
         )
-    if config.mamba is not None and config.mamba.discrete:
+    if config.mamba is not None and config.mamba.kind != MAMBA2:
         raise BadInput(
-            "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers"
+            f"the layers are {config.mamba.title}, which no stock layout can express: "
+            "distil the teacher into Mamba-2 layers"
         )
     if config.rotary_dim not in (None, 0, config.head_dim):
         raise BadInput(

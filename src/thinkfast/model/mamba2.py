@@ -8,10 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinkfast.errors import BadInput
+from thinkfast.model.attention import Attention
 from thinkfast.model.cache import MambaCache
-from thinkfast.model.config import DecoderConfig
-from thinkfast.ops.conv import causal_conv, causal_conv_step
-from thinkfast.ops.ssd import ssd_chunked, ssd_step
+from thinkfast.model.config import MAMBA2, DecoderConfig, MambaConfig
+from thinkfast.model.mixer import (
+    CONV_GAIN,
+    COPIED,
+    DT,
+    FITTED,
+    INITIALISED,
+    NEW,
+    SMALL,
+    Part,
+    StateMixer,
+    Trace,
+    attention_rows,
+    by_query_head,
+    channel_factors,
+    convolve,
+    half_lives,
+    head_shape,
+    open_gate,
+    required,
+    split_channels,
+)
+from thinkfast.ops.ssd import decayed_matrix, ssd_step
+from thinkfast.ops.triton import chunked_scan
 
 DT_RANGE = (1e-3, 1e-1)
 A_RANGE = (1.0, 16.0)
@@ -34,14 +57,14 @@ class GroupedGatedNorm(nn.Module):
         return self.weight * (slices * scale).view(gated.shape).to(z.dtype)
 
 
-class Mamba2(nn.Module):
+class Mamba2(StateMixer):
     """in_proj -> z, x, B, C, dt; convolution and SiLU over x, B, C; state-space recurrence; gated norm; out_proj."""
+
+    normed = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        if config.mamba is None:
-            raise ValueError("the configuration has no mamba shape")
-        shape = self.shape = config.mamba
+        shape = self.shape = required(config)
         self.in_proj = nn.Linear(config.hidden_size, shape.in_proj_rows, bias=False)
         self.conv1d = nn.Conv1d(shape.conv_dim, shape.conv_dim, shape.d_conv, groups=shape.conv_dim)
         low, high = (math.log(bound) for bound in DT_RANGE)
@@ -54,34 +77,95 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor, cache: MambaCache | None = None) -> Tensor:
         """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place."""
-        shape = self.shape
-        batch, length, _ = u.shape
-        z, xbc, dt = torch.split(self.in_proj(u), [shape.d_inner, shape.conv_dim, shape.n_heads], dim=-1)
-        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if bias is None:
-            raise ValueError("the convolution has no bias")
-        A = -torch.exp(self.A_log.float())
-        dt = F.softplus(dt.float() + self.dt_bias.float())
+        z, x, dt, A, B, C = self._inputs(u, cache)
         D = self.D.float()
-        if cache is not None and length == 1:
-            mixed, past = causal_conv_step(xbc[:, 0], taps, bias, cache.conv)
-            x, B, C = self._parts(F.silu(mixed))
-            y, state = ssd_step(x, dt[:, 0], A, B, C, D, cache.state)
-            y = y[:, None]
+        if cache is not None and u.shape[1] == 1:
+            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, cache.state)
         else:
-            mixed, past = causal_conv(xbc, taps, bias, None if cache is None else cache.conv)
-            x, B, C = self._parts(F.silu(mixed))
-            y, state = ssd_chunked(x, dt, A, B, C, D, None if cache is None else cache.state, shape.chunk_size)
+            held = None if cache is None else cache.state
+            scan = chunked_scan(z, max(self.shape.head_dim, self.shape.d_state))
+            y, state = scan(x, dt, A, B, C, D, held, self.shape.chunk_size)
         if cache is not None:
-            cache.conv.copy_(past)
             cache.state.copy_(state)
-        out: Tensor = self.out_proj(self.norm(y.reshape(batch, length, shape.d_inner), z))
+        out: Tensor = self.out_proj(self.norm(y.reshape(z.shape), z))
         return out
 
-    def _parts(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Splits convolved channels (..., conv_dim) into x (..., H, P), B and C (..., G, N), in float32."""
+    def _inputs(self, u: Tensor, cache: MambaCache | None) -> tuple[Tensor, ...]:
+        """z, x, dt, A, B, C of the recurrence, all but z in float32."""
         shape = self.shape
-        width = shape.n_groups * shape.d_state
-        x, B, C = torch.split(xbc.float(), [shape.d_inner, width, width], dim=-1)
-        by_group = (*xbc.shape[:-1], shape.n_groups, shape.d_state)
-        return x.view(*xbc.shape[:-1], shape.n_heads, shape.head_dim), B.view(by_group), C.view(by_group)
+        z, xbc, dt = torch.split(self.in_proj(u), [shape.d_inner, shape.conv_dim, shape.n_heads], dim=-1)
+        x, B, C = split_channels(F.silu(convolve(self.conv1d, xbc, cache)), shape)
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        return z, x, dt, -torch.exp(self.A_log.float()), B, C
+
+    def matrix(self, u: Tensor) -> Tensor:
+        _, _, dt, A, B, C = self._inputs(u, None)
+        written = decayed_matrix(dt * A, B, C) * dt.transpose(1, 2)[:, :, None]
+        return written + torch.diag_embed(self.D.float()[:, None].expand(-1, u.shape[1]))
+
+    @staticmethod
+    def shape_of(teacher: DecoderConfig, n_groups: int | None) -> MambaConfig:
+        shape = head_shape(teacher, n_groups, MAMBA2)
+        if shape.d_inner % teacher.hidden_size:
+            raise BadInput(
+                f"{shape.n_heads} heads of {teacher.head_dim} are no multiple of hidden_size {teacher.hidden_size}; "
+                "the stock layout of a student needs a whole expansion factor"
+            )
+        return shape
+
+    @staticmethod
+    def parts(config: DecoderConfig, calibrated: bool) -> dict[str, Part]:
+        shape, hidden = required(config), config.hidden_size
+        wide, narrow = shape.d_inner * hidden, shape.n_groups * shape.d_state * hidden
+        return {
+            "in_proj.weight[z]": (wide, *(FITTED if calibrated else (NEW, ""))),
+            "in_proj.weight[x]": (wide, COPIED, "v_proj"),
+            "in_proj.weight[B]": (narrow, COPIED, "k_proj"),
+            "in_proj.weight[C]": (narrow, INITIALISED, "q_proj"),
+            "in_proj.weight[dt]": (shape.n_heads * hidden, NEW, ""),
+            "conv1d.weight": (shape.conv_dim * shape.d_conv, NEW, ""),
+            "conv1d.bias": (shape.conv_dim, NEW, ""),
+            "A_log": (shape.n_heads, NEW, ""),
+            "D": (shape.n_heads, NEW, ""),
+            "dt_bias": (shape.n_heads, NEW, ""),
+            "norm.weight": (shape.d_inner, INITIALISED, "attention output, least squares" if calibrated else "v_proj"),
+            "out_proj.weight": (wide, COPIED, "o_proj"),
+        }
+
+    def start(self, attention: Attention, norm_weight: Tensor, trace: Trace | None) -> None:
+        """Starts near `attention` (arXiv 2408.15237, sec. 3: C from Q, B from K, x from V, output from output).
+
+        * x, B, C take the rows of V, K, Q, those of a key/value head repeated for every query head that reads it; C is
+          scaled by head_dim ** -0.5 as attention scores are. QK norm becomes factors, see `norm_factors`.
+        * The convolution only scales: last tap 0.1, and as bias that of the projections, if any. The SiLU behind it is
+          then nearly linear.
+        * dt is 0.5 everywhere and D is 0; the half-lives of the heads are spaced geometrically from 8 to 512 tokens.
+        * z is the ridge least squares answer to silu(z) = 1 on the traced inputs, a gate that is open without a bias.
+        * The gated norm's weight is, channel by channel, the least squares factor from the new mixer's normed output to
+          the traced attention output. Without a trace it is the root mean square of each head's values.
+        """
+        shape = self.shape
+        z, x, B, C, dt = torch.split(self.in_proj.weight, [shape.d_inner] * 4 + [shape.n_heads])
+        values, keys, queries = attention_rows(attention, norm_weight, trace)
+        x.copy_(by_query_head(values[0], attention))
+        B.copy_(by_query_head(keys[0], attention))
+        C.copy_(queries[0] * shape.head_dim**-0.5)
+        dt.zero_()
+        self.conv1d.weight.zero_()
+        self.conv1d.weight[:, 0, -1] = CONV_GAIN
+        if self.conv1d.bias is not None:
+            biases = (by_query_head(values[1], attention), by_query_head(keys[1], attention))
+            self.conv1d.bias.copy_(CONV_GAIN * torch.cat((*biases, queries[1] * shape.head_dim**-0.5)))
+        self.D.zero_()
+        self.dt_bias.fill_(math.log(math.expm1(DT)))
+        self.A_log.copy_(torch.log(math.log(2) / (DT * half_lives(shape.n_heads))))
+        self.out_proj.weight.copy_(attention.o_proj.weight)
+        if trace is None:
+            z.normal_(std=SMALL)
+            power = (x * norm_weight).pow(2).sum(1) + by_query_head(values[1], attention).pow(2)
+            rms = power.view(shape.n_heads, shape.head_dim).mean(1).sqrt()
+            self.norm.weight.copy_(rms.repeat_interleave(shape.head_dim))
+        else:
+            z.copy_(open_gate(trace[0]).expand_as(z))
+            self.norm.weight.fill_(1)
+            self.norm.weight.copy_(channel_factors(self, trace))

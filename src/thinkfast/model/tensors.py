@@ -8,6 +8,7 @@ from torch import Tensor
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig
 from thinkfast.model.foreign import BAMBA, LLAMBA, MAMBA2, MAMBA_SSM
 from thinkfast.model.layout import HYBRID
+from thinkfast.model.own import OWN
 
 MIXERS = {ATTENTION: "self_attn", MAMBA: "mamba"}
 STATE_SPACE = (MAMBA2, MAMBA_SSM, LLAMBA)
@@ -46,7 +47,7 @@ def output_biases(config: DecoderConfig, layout: str) -> list[str]:
 
 def stock_name(name: str, config: DecoderConfig, layout: str) -> tuple[str, int | None]:
     """The stock name of a decoder's tensor, and which half of that tensor it is (None: all of it)."""
-    if name == "lm_head.weight":
+    if name == "lm_head.weight" or layout == OWN:
         return name, None
     model = "backbone" if layout in STATE_SPACE else "model"
     if not name.startswith("layers."):

@@ -4,6 +4,9 @@ Shapes: x (B, L, H, P), dt (B, L, H) after softplus, A (H,) negative, B and C (B
 Head h reads group h // (H / G). All tensors have one floating dtype. Per head:
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = S_t C_t + D x_t
+
+The `decayed_` forms take the logarithm of the decay itself, (B, L, H), and write x unscaled, as Discrete Mamba-2 does
+(arXiv 2408.10189): S_t = exp(log_decay_t) S_{t-1} + x_t B_t^T.
 """
 
 from __future__ import annotations
@@ -33,12 +36,42 @@ def ssd_naive(
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One position: x (B, H, P), dt (B, H), B and C (B, G, N) -> y (B, H, P) and the new state."""
+    y, state = decayed_step(dt[..., None] * x, dt * A, B, C, state)
+    return y + D[:, None] * x, state
+
+
+def decayed_step(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position: x (B, H, P), log_decay (B, H), B and C (B, G, N) -> y (B, H, P), without D x, and the new state."""
     repeats = x.shape[1] // B.shape[1]
     B = B.repeat_interleave(repeats, dim=1)
     C = C.repeat_interleave(repeats, dim=1)
-    decay = torch.exp(dt * A)
-    state = decay[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, :, None, :]
-    return (state @ C[..., None]).squeeze(-1) + D[:, None] * x, state
+    state = torch.exp(log_decay)[..., None, None] * state + x[..., None] * B[:, :, None, :]
+    return (state @ C[..., None]).squeeze(-1), state
+
+
+def decayed_naive(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`decayed_step` over L positions, one at a time; the oracle of `decayed_chunked`."""
+    batch, length, heads, head_dim = x.shape
+    if state is None:
+        state = x.new_zeros(batch, heads, head_dim, B.shape[-1])
+    outputs = []
+    for t in range(length):
+        y, state = decayed_step(x[:, t], log_decay[:, t], B[:, t], C[:, t], state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), state
+
+
+def decayed_matrix(log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The matrix (B, H, L, L) that `decayed_naive` without a state multiplies x by: C_t . B_s exp(sum of the log decays
+    from s + 1 to t) for s <= t, else 0 (arXiv 2405.21060, eq. 3)."""
+    heads, groups, length = log_decay.shape[2], B.shape[2], log_decay.shape[1]
+    scores = torch.einsum("btgn,bsgn->bgts", C, B).repeat_interleave(heads // groups, dim=1)
+    # Summed from each position on: a difference of two long sums would lose the small decays after a large one.
+    steps = log_decay.transpose(1, 2)[..., None].expand(-1, -1, -1, length).tril(-1)
+    gate = steps.cumsum(2).exp().tril()
+    return scores * gate
 
 
 def ssd_chunked(
@@ -56,6 +89,26 @@ def ssd_chunked(
     Any L >= 1. Differentiable once, in every tensor. Work per position and head is about
     chunk * (N + P) + 2 * N * P multiply-adds, so `chunk` near N and P is fastest.
     """
+    return _chunked(x, dt, dt * A, B, C, D, state, chunk)
+
+
+def decayed_chunked(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None = None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Same as `decayed_naive`, computed as `ssd_chunked` is."""
+    return _chunked(x, None, log_decay, B, C, None, state, chunk)
+
+
+def _chunked(
+    x: Tensor,
+    dt: Tensor | None,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[-2:]
     if state is None:
@@ -67,17 +120,18 @@ def ssd_chunked(
     size = min(chunk, length)
     pad = -length % size
     if pad:
-        # dt = 0 neither decays nor writes, so the last state is that of the last real position.
+        # x = 0 writes nothing and 0 is no decay, so the last state is that of the last real position.
         x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
+        log_decay = F.pad(log_decay, (0, 0, 0, pad))
+        dt = None if dt is None else F.pad(dt, (0, 0, 0, pad))
     apply: Callable[..., tuple[Tensor, Tensor]] = _ChunkedScan.apply
-    y, state = apply(x, dt, A, B, C, D, state, size)
+    y, state = apply(x, dt, log_decay, B, C, D, state, size)
     return y[:, :length], state
 
 
 class _ChunkedScan(torch.autograd.Function):
     """The scan over whole chunks, G = H. With e the decay from the chunk's start, g the decay between two positions
-    and w = g[last] the decay to the chunk's end, v = dt x, and S the state before the chunk:
+    and w = g[last] the decay to the chunk's end, v = dt x (x where there is no dt), and S the state before the chunk:
 
         y = ((C B^T) * g) v + e * (C S^T) + D x        S' = e[last] S + (w * v)^T B
 
@@ -86,13 +140,22 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, size: int
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor | None,
+        log_decay: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        state: Tensor,
+        size: int,
     ) -> tuple[Tensor, Tensor]:
         batch, length, heads, head_dim = x.shape
         chunks = length // size
         b, c, v = _split(B, size), _split(C, size), _split(x, size)
-        v *= _split(dt[..., None], size)
-        log_decay = _split((dt * A)[..., None], size)
+        if dt is not None:
+            v *= _split(dt[..., None], size)
+        log_decay = _split(log_decay[..., None], size)
         # Summed from each position on: a difference of two long sums would lose the small decays after a large one.
         gate = log_decay.expand(-1, -1, size).tril(-1)
         torch.cumsum(gate, dim=1, out=gate)
@@ -111,13 +174,14 @@ class _ChunkedScan(torch.autograd.Function):
         mix *= gate
         y = torch.bmm(mix, v)
         y.baddbmm_(c * from_start, states[:, :-1].reshape(-1, *state.shape[2:]).transpose(1, 2))
-        ctx.save_for_backward(x, dt, A, D, b, c, v, gate, mix, from_start, states)
-        return torch.addcmul(_join(y, x.shape), x, D[:, None]), states[:, -1].clone()
+        ctx.save_for_backward(x, dt, D, b, c, v, gate, mix, from_start, states)
+        out = _join(y, x.shape)
+        return out if D is None else torch.addcmul(out, x, D[:, None]), states[:, -1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, D, b, c, v, gate, mix, from_start, states = ctx.saved_tensors
+        x, dt, D, b, c, v, gate, mix, from_start, states = ctx.saved_tensors
         chunks, heads = states.shape[1] - 1, x.shape[2]
         size = x.shape[1] // chunks
         matrix = states.shape[-2:]
@@ -152,11 +216,14 @@ class _ChunkedScan(torch.autograd.Function):
         dlog = dread.flip(-1).cumsum(-1).flip(-1) + F.pad(dwrite[:, :-1].cumsum(-1), (1, 0)) + dkept
         dlog = _join(dlog[..., None], (*x.shape[:3], 1)).squeeze(-1)
         dv = _join(dv, x.shape)
-        dx = (dv * dt[..., None]).addcmul_(dy, D[:, None])
-        ddt = torch.addcmul((dv * x).sum(-1), dlog, A)
         by_head = (*x.shape[:3], b.shape[-1])
-        dD = (dy * x).sum((0, 1, 3))
-        return dx, ddt, (dlog * dt).sum((0, 1)), _join(db, by_head), _join(dc, by_head), dD, dstates[:, 0], None
+        db, dc = _join(db, by_head), _join(dc, by_head)
+        dx = dv if dt is None else dv * dt[..., None]
+        ddt = None if dt is None else (dv * x).sum(-1)
+        dD = None if D is None else (dy * x).sum((0, 1, 3))
+        if D is not None:
+            dx = torch.addcmul(dx, dy, D[:, None])
+        return dx, ddt, dlog, db, dc, dD, dstates[:, 0], None
 
 
 def _split(t: Tensor, size: int) -> Tensor:

@@ -23,7 +23,13 @@ from thinkfast.report.load import METRICS, Curve, Curves, Run
 SERIES = ("#5f5a52", "#0a64a4", "#bd4a00", "#007a5a", "#9a3f86", "#7a6a00")
 PAPER = {"ink": "#1f1d1a", "muted": "#6a655d", "rule": "#dcd6ca", "paper": "#fbfaf7"}
 MARKERS = ("s", "o", "^", "D", "v", "P")
-TITLES = {"coverage": "Coverage", "majority": "Majority vote"}
+TITLES = {
+    "coverage": "Coverage",
+    "majority": "Majority vote",
+    "weighted": "Vote weighted by rewards",
+    "best_of_n": "Best of n by rewards",
+}
+LAPS = ("-", (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 WIDE, NARROW = (5.6, 3.7), (3.7, 3.3)
 
 
@@ -65,6 +71,11 @@ def slot(run: Run, model: str) -> int:
     """A model's place in the palette: the baseline has the first, students follow in the order of the curves."""
     curves = run.curves
     return 0 if model == curves.baseline else 1 + curves.students.index(model) % (len(SERIES) - 1)
+
+
+def lap(run: Run, model: str) -> int:
+    """How often the palette was used up before this model: lines of one colour differ by their dashes."""
+    return 0 if model == run.curves.baseline else run.curves.students.index(model) // (len(SERIES) - 1) % len(LAPS)
 
 
 def _array(values: Sequence[float | None] | None) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -176,7 +187,7 @@ def _curves(run: Run, table: dict[str, Curves], metric: str, x: Sequence[float],
                 mean,
                 color=colour,
                 linewidth=2.0,
-                linestyle=(0, (4, 2)) if base else "-",
+                linestyle=(0, (4, 2)) if base else LAPS[lap(run, model)],
                 marker=MARKERS[place],
                 markersize=4.2,
                 markevery=max(1, len(x) // 8),
@@ -312,10 +323,11 @@ def common_batch(run: Run) -> int | None:
 def drawings(run: Run) -> list[Drawing]:
     """All figures of a run in the order of the page."""
     curves = run.curves
-    found = [_curves(run, curves.by_time, metric, curves.seconds, True) for metric in METRICS]
+    found = [_curves(run, curves.by_time, name, curves.seconds, True) for name in curves.metrics(curves.by_time)]
     found += [_difference(run)] if curves.students else []
     if curves.k:
-        found += [_curves(run, curves.by_k, metric, [float(k) for k in curves.k], False) for metric in METRICS]
+        ks, names = [float(k) for k in curves.k], curves.metrics(curves.by_k)
+        found += [_curves(run, curves.by_k, name, ks, False) for name in names]
     return found + ([_speed(run)] if common_batch(run) is not None else [])
 
 

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from thinkfast.data.problems import Problem, load_problems
 from thinkfast.errors import BadInput
-from thinkfast.records import SampleRow, ScoreRow, read_json, read_record, read_samples, read_scores
+from thinkfast.records import SampleRow, ScoreRow, read_json, read_record, read_rewards, read_samples, read_scores
 
 METRICS = ("coverage", "majority")
+STRATEGIES = ("weighted", "best_of_n")
 Values = list[float | None]
 
 
@@ -32,14 +33,24 @@ class Curve(_Row):
 
 
 class Curves(_Row):
-    """A model's two metrics; `samples` is the mean number of samples per problem at each budget."""
+    """A model's metrics, with rewards also what ranking by them gives; `samples`: the mean number a problem by then."""
 
     coverage: Curve
     majority: Curve
+    weighted: Curve | None = None
+    best_of_n: Curve | None = None
     samples: Values | None = None
 
     def metric(self, name: str) -> Curve:
-        return self.coverage if name == "coverage" else self.majority
+        """The curve of this name. Raises KeyError where there is none."""
+        curve = {"coverage": self.coverage, "majority": self.majority}.get(name) or self.strategy(name)
+        if curve is None:
+            raise KeyError(name)
+        return curve
+
+    def strategy(self, name: str) -> Curve | None:
+        """What choosing by rewards gives, one of `STRATEGIES`."""
+        return {"weighted": self.weighted, "best_of_n": self.best_of_n}[name]
 
 
 class Win(_Row):
@@ -94,6 +105,10 @@ class CurveFile(_Row):
     @property
     def students(self) -> list[str]:
         return [name for name in self.models if name != self.baseline]
+
+    def metrics(self, table: dict[str, Curves]) -> list[str]:
+        """What `table` (by_k or by_time) has of every model."""
+        return [*METRICS, *(n for n in STRATEGIES if all(table[model].strategy(n) for model in self.models))]
 
 
 def _check_lengths(where: str, curves: Curves, length: int, bands: bool) -> None:
@@ -157,10 +172,11 @@ class BenchRow(_Row):
 
 
 class Sample(NamedTuple):
-    """A sample and its grade."""
+    """A sample, its grade and its reward where it was scored."""
 
     row: SampleRow
     grade: ScoreRow
+    reward: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +231,7 @@ def _sampled(run: Path, model: str, shown: list[str]) -> Sampled:
     if not samples:
         raise BadInput(f"{folder}: no samples of model '{model}' in part-*.parquet")
     grades = {(score.problem_id, score.sample_index): score for score in scores}
+    rewards = {(one.problem_id, one.sample_index): one.reward for one in read_rewards(run / "rewards" / model)}
     right: dict[str, list[bool]] = {}
     rows: dict[str, list[Sample]] = {problem: [] for problem in shown}
     for sample in samples:
@@ -223,7 +240,8 @@ def _sampled(run: Path, model: str, shown: list[str]) -> Sampled:
             raise BadInput(f"{scores_path}: no row for sample {sample.sample_index} of problem {sample.problem_id}")
         right.setdefault(sample.problem_id, []).append(grade.correct)
         if sample.problem_id in rows:
-            rows[sample.problem_id].append(Sample(sample, grade))
+            reward = rewards.get((sample.problem_id, sample.sample_index))
+            rows[sample.problem_id].append(Sample(sample, grade, reward))
     for found in rows.values():
         found.sort(key=lambda one: (one.row.t_end, one.row.sample_index))
     tokens = sum(sample.token_count for sample in samples)
@@ -262,8 +280,8 @@ def load_run(run_dir: Path, shown: int) -> Run:
     """Read the files of a run that the page shows; `shown` problems keep their samples, evenly spaced in file order.
 
     Needed: `curves/curves.json`, `problems/problems.jsonl` and, for every model of the curves, `samples/<model>/` and
-    `scores/<model>.parquet`. Used where they exist: `summary.json`, `models/<model>/plan.json`, `bench.json` and the
-    `run.json` beside the samples. Raises `BadInput` naming file and field.
+    `scores/<model>.parquet`. Used where they exist: `rewards/<model>/`, `summary.json`, `models/<model>/plan.json`,
+    `bench.json` and the `run.json` beside the samples. Raises `BadInput` naming file and field.
     """
     if not run_dir.is_dir():
         raise BadInput(f"{run_dir}: not a run directory")

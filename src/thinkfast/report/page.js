@@ -17,7 +17,9 @@
   const key = (model) =>
     el("span", { class: `key s${model.slot}` }, el("span", { class: "glyph", "aria-hidden": "true" }, model.glyph), model.name);
 
-  /* reading values off a figure */
+  /* reading values off a figure; those against time follow the budget of the browser below */
+
+  const followers = [];
 
   function readable(canvas) {
     const plot = data.plots[canvas.dataset.plot];
@@ -60,6 +62,10 @@
       show(gaps.indexOf(Math.min(...gaps)));
     }
 
+    if (plot.unit === "s") followers.push((tau) => {
+      const gaps = plot.x.map((x) => Math.abs(Math.log(x / tau)));
+      show(gaps.indexOf(Math.min(...gaps)));
+    });
     canvas.addEventListener("pointermove", point);
     canvas.addEventListener("pointerdown", point);
     canvas.addEventListener("keydown", (event) => {
@@ -76,21 +82,26 @@
 
   const { models, problems, low, high, start: opening } = data.browser;
   const STEPS = Number($("budget").max);
-  const TAU = 0, CLASS = 1, RIGHT = 2, TOKENS = 3, CUT = 4, ANSWER = 5, INDEX = 6;
+  const TAU = 0, CLASS = 1, RIGHT = 2, TOKENS = 3, CUT = 4, ANSWER = 5, INDEX = 6, REWARD = 7;
   const SHOWN_CLASSES = 4;
+  const scored = problems.some((problem) => problem.rows.some((rows) => rows.some((row) => row.length > REWARD)));
   const state = { problem: 0, model: 0, open: new Set(), running: false };
 
   const budget = () => low * (high / low) ** (Number($("budget").value) / STEPS);
   const finished = (rows, tau) => rows.filter((row) => row[TAU] <= tau).length;
 
-  /** Classes of the answers that ended by tau, most votes first; share is the vote's part that is right, null before any vote. */
+  /** Classes of the answers that ended by tau, most votes first; share is the vote's part that is right, null before any vote.
+      A vote counts 1, exp(reward) relative to the best by then, or only as its reward, the highest of its class. */
   function vote(rows, tau) {
     const classes = new Map();
+    const how = scored ? $("how").value : "majority";
+    const best = Math.max(...rows.filter((row) => row[TAU] <= tau && row[CLASS] >= 0).map((row) => row[REWARD] ?? 0));
     for (const row of rows) {
       if (row[TAU] > tau) break;
       if (row[CLASS] < 0) continue;
       const one = classes.get(row[CLASS]) ?? { answer: row[ANSWER], right: row[RIGHT] === 1, votes: 0 };
-      one.votes += 1;
+      const weight = how === "majority" ? 1 : Math.exp((row[REWARD] ?? 0) - best);
+      one.votes = how === "best_of_n" ? Math.max(one.votes, weight) : one.votes + weight;
       classes.set(row[CLASS], one);
     }
     const ranked = [...classes.values()].sort((a, b) => b.votes - a.votes);
@@ -155,11 +166,13 @@
     }));
   }
 
+  const tally = (votes) => (Number.isInteger(votes) ? String(votes) : votes < 0.005 ? "<0.01" : votes.toFixed(2));
+
   function bar(answer, votes, most, right) {
     return el("div", { class: "bar-row" },
       el("span", { class: right ? "name right" : "name", title: answer }, answer),
       el("span", { class: "track" }, el("span", { class: right ? "fill right" : "fill", style: `width:${(100 * votes) / most}%` })),
-      el("span", {}, right ? `${votes} ✓` : String(votes)));
+      el("span", {}, right ? `${tally(votes)} ✓` : tally(votes)));
   }
 
   /** When each sample ended: right ones filled and above, wrong ones hollow and below, without an answer a speck. */
@@ -186,7 +199,7 @@
       const box = el("div", { class: "votes-box" }, ...ranked.slice(0, SHOWN_CLASSES).map((one) => bar(one.answer, one.votes, most, one.right)));
       if (rest.length) {
         const votes = rest.reduce((sum, one) => sum + one.votes, 0);
-        box.append(el("div", { class: "bar-row soft" }, el("span", { class: "name" }, "other"), el("span", {}, `${rest.length} more answers`), el("span", {}, String(votes))));
+        box.append(el("div", { class: "bar-row soft" }, el("span", { class: "name" }, "other"), el("span", {}, `${rest.length} more answers`), el("span", {}, tally(votes))));
       }
       const said = verdict(share);
       const text = share === null ? "No vote yet" : `${said[0]} Votes ${top.map((one) => one.answer).join(" or ")}: ${said[1]}`;
@@ -202,6 +215,7 @@
       el("summary", {}, el("span", { class: row[RIGHT] ? "state" : "state wrong" }, said),
         el("span", {}, row[ANSWER] === null ? "" : String(row[ANSWER])),
         el("span", { class: "soft" }, `${row[TOKENS]} tokens${row[CUT] ? ", cut at the limit" : ""}`),
+        el("span", { class: "soft" }, row[REWARD] === undefined ? "" : `reward ${row[REWARD].toPrecision(3)}`),
         el("span", { class: "soft" }, seconds(row[TAU]))));
     details.addEventListener("toggle", () => {
       if (details.open) state.open.add(row[INDEX]); else state.open.delete(row[INDEX]);
@@ -287,7 +301,13 @@
       state.model = Number(event.target.value);
       choose(state.problem);
     });
-    $("budget").addEventListener("input", () => { setRunning(false); renderClock(); });
+    $("budget").addEventListener("input", () => {
+      setRunning(false);
+      renderClock();
+      followers.forEach((follow) => follow(budget()));
+    });
+    $("how-label").hidden = !scored;
+    $("how").addEventListener("input", renderClock);
     for (const id of ["search", "level", "outcome"]) $(id).addEventListener("input", () => renderList(budget()));
     $("list").addEventListener("click", (event) => {
       const button = event.target.closest("button");

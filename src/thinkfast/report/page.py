@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from importlib import resources
@@ -16,7 +17,7 @@ from thinkfast.errors import BadInput
 from thinkfast.records import write_text
 from thinkfast.report import words
 from thinkfast.report.figures import TITLES, Drawing, drawings, inline_svg, plot_box, slot, write_files
-from thinkfast.report.load import METRICS, Curves, Run, Sample, Values, load_run
+from thinkfast.report.load import Curves, Run, Sample, Values, load_run
 
 TEXT_CHARACTERS = 3_800_000
 MAX_ROWS = 40_000
@@ -86,6 +87,8 @@ def render(run: Run, figures: list[Drawing]) -> str:
         slots={model: slot(run, model) for model in run.curves.models},
         glyphs={model: GLYPHS[slot(run, model)] for model in run.curves.models},
         css=Markup((here / "page.css").read_text(encoding="utf-8")),
+        downloads=downloads(run),
+        scored=any(name in plots for name in ("weighted_time", "best_of_n_time")),
         js=Markup((here / "page.js").read_text(encoding="utf-8")),
         data=Markup(_script_json(data)),
     )
@@ -112,7 +115,7 @@ def _plots(run: Run, figures: list[Drawing]) -> dict[str, dict[str, Any]]:
     by_name = {drawing.name: drawing for drawing in figures}
     curves, plots = run.curves, {}
     for axis, table, x in (("time", curves.by_time, curves.seconds), ("k", curves.by_k, curves.k)):
-        for metric in METRICS if x else ():
+        for metric in curves.metrics(table) if x else ():
             drawing = by_name[f"{metric}_{axis}"]
             ends = [f"{m} {words.percent(table[m].metric(metric).mean[-1])}" for m in curves.models]
             where = words.seconds(curves.seconds[-1]) if axis == "time" else f"k = {curves.k[-1]}"
@@ -140,6 +143,41 @@ def _series(curves: Curves, metric: str, model: str) -> dict[str, Any]:
     samples = None if curves.samples is None else _rounded(curves.samples)
     numbers = {"mean": _rounded(curve.mean), "low": _rounded(curve.low), "high": _rounded(curve.high)}
     return {"model": model, "samples": samples} | numbers
+
+
+def downloads(run: Run) -> dict[str, Markup]:
+    """All plotted curves as one table, a row a point: the bytes of a CSV and of a Parquet file, as data URIs."""
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    rows = [
+        {"axis": axis, "x": float(x[i]), "model": model, "measure": metric}
+        | {name: getattr(curve, name)[i] for name in ("mean", "low", "high")}
+        | {"samples": samples[i] if samples else None}
+        for axis, table, x in (
+            ("seconds", run.curves.by_time, run.curves.seconds),
+            ("k", run.curves.by_k, run.curves.k),
+        )
+        for model in run.curves.models
+        for metric in run.curves.metrics(table)
+        for curve, samples in [(table[model].metric(metric), table[model].samples)]
+        for i in range(len(x))
+    ]
+    kinds = dict.fromkeys(("x", "mean", "low", "high", "samples"), pyarrow.float64())
+    schema = pyarrow.schema({"axis": pyarrow.string(), "x": kinds["x"], "model": pyarrow.string()})
+    for name in ("measure", "mean", "low", "high", "samples"):
+        schema = schema.append(pyarrow.field(name, kinds.get(name, pyarrow.string())))
+    plotted = pyarrow.Table.from_pylist(rows, schema=schema)
+    found = {}
+    for kind, mime, write in (
+        ("csv", "text/csv", pyarrow.csv.write_csv),
+        ("parquet", "application/vnd.apache.parquet", pyarrow.parquet.write_table),
+    ):
+        sink = pyarrow.BufferOutputStream()
+        write(plotted, sink)
+        found[kind] = Markup(f"data:{mime};base64,{base64.b64encode(sink.getvalue()).decode()}")
+    return found
 
 
 def _race(run: Run, headline: words.Headline) -> list[dict[str, Any]]:
@@ -221,7 +259,7 @@ def _browser(run: Run) -> dict[str, Any]:
     """What the problem browser needs: a row a sample, and as many chains of thought as fit, the earliest first.
 
     The clock opens at `start`, the middle of the grid. A row is [seconds per problem, answer class, 1 if right, tokens,
-    1 if cut at the length limit, answer, sample index].
+    1 if cut at the length limit, answer, sample index, and the reward where there is one].
     """
     curves = run.curves
     rows = sum(len(samples) for model in curves.models for samples in run.sampled[model].shown.values())
@@ -259,7 +297,8 @@ def _entry(run: Run, problem: Problem) -> dict[str, Any]:
 
 
 def _sample_row(run: Run, sample: Sample) -> list[Any]:
-    row, grade = sample
+    row, grade, reward = sample
     tau = float(f"{row.t_end / run.curves.problems:.6g}")
     cut = int(row.finish_reason == "length")
-    return [tau, grade.answer_class, int(grade.correct), row.token_count, cut, grade.answer, row.sample_index]
+    said = [] if reward is None else [float(f"{reward:.5g}")]
+    return [tau, grade.answer_class, int(grade.correct), row.token_count, cut, grade.answer, row.sample_index, *said]

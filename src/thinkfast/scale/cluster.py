@@ -19,10 +19,11 @@ from thinkfast.records import Failed
 
 if TYPE_CHECKING:
     from thinkfast.engine.sampling import Sample, SamplingParams
+    from thinkfast.scale.endpoints import Completion
 
 Pair = tuple[int, int]
-Stream = Callable[[Collection[Pair], float, float], Iterator[tuple[int, int, "Sample"]]]
-"""Takes the pairs already drawn, the clock's start and its deadline."""
+Stream = Callable[[Collection[Pair], float, float], Iterator[tuple[int, int, "Sample | Completion"]]]
+"""Takes the pairs already drawn, the clock's start and its deadline; yields prompt index, sample index, sample."""
 
 ROUNDS_A_PORTION = 4
 DEATHS_IN_A_ROW = 8
@@ -61,9 +62,17 @@ class Worker:
 
 @contextmanager
 def workers(
-    model_dir: Path, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, slots: int, count: int
+    model_dir: Path,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    params: SamplingParams,
+    slots: int,
+    count: int,
+    dropped: Collection[int] = frozenset(),
 ) -> Iterator[Stream]:
     """Starts `count` workers and yields what draws on them, as `Engine.stream` does; ends them with the block.
+
+    dropped: prompts of which nothing more is handed out; it may grow meanwhile.
 
     Joins the cluster that Ray's address names, or starts one on this machine. Raises BadInput without Ray or when the
     cluster has fewer cores than workers.
@@ -91,7 +100,8 @@ def workers(
 
         def stream(skip: Collection[Pair], clock_start: float, deadline: float) -> Iterator[tuple[int, int, Sample]]:
             left = deque((i, j) for j in range(n) for i in range(len(prompts)) if (i, j) not in skip)
-            return _dispatch(start, actors[:count], left, slots * ROUNDS_A_PORTION, time.time() - clock_start, deadline)
+            origin = time.time() - clock_start
+            return _dispatch(start, actors[:count], left, slots * ROUNDS_A_PORTION, origin, deadline, dropped)
 
         yield stream
     finally:
@@ -102,7 +112,13 @@ def workers(
 
 
 def _dispatch(
-    start: Callable[[], Any], actors: Sequence[Any], left: deque[Pair], portion: int, origin: float, deadline: float
+    start: Callable[[], Any],
+    actors: Sequence[Any],
+    left: deque[Pair],
+    portion: int,
+    origin: float,
+    deadline: float,
+    dropped: Collection[int],
 ) -> Iterator[tuple[int, int, Sample]]:
     """Keeps every worker busy with one portion; a dead one is replaced and what it owed goes back to the front."""
     import ray
@@ -113,7 +129,13 @@ def _dispatch(
         while idle and left and time.time() - origin < deadline:
             # The last portions are small, so that the workers end together.
             size = min(portion, max(1, len(left) // (2 * len(actors))), len(left))
-            pairs = [left.popleft() for _ in range(size)]
+            pairs: list[Pair] = []
+            while left and len(pairs) < size:
+                pair = left.popleft()
+                if pair[0] not in dropped:
+                    pairs.append(pair)
+            if not pairs:
+                break
             actor = idle.pop()
             running[actor.draw.options(num_returns="streaming").remote(pairs, origin, deadline)] = (actor, set(pairs))
         if not running:

@@ -52,7 +52,8 @@ def _number(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-def _key(text: str) -> Fraction | str:
+def plain_key(text: str) -> Fraction | str:
+    """What a tidied answer is without any algebra: its exact value where it is a plain number, else its text."""
     value = _number(text)
     return text if value is None else value
 
@@ -132,7 +133,7 @@ class Grader:
         """
         texts = [tidy(answer) if answer is not None else "" for answer in answers]
         gold = tidy(gold)
-        keys = {text: _key(text) for text in [gold, *texts] if text}
+        keys = {text: plain_key(text) for text in [gold, *texts] if text}
         home = {keys[gold]: gold} if gold else {}
         representatives = [gold] if gold else []
         for text in sorted(keys, key=lambda text: (isinstance(keys[text], str), text)):
@@ -158,7 +159,7 @@ class Grader:
 
     def _compare(self, gold: str, prediction: str) -> bool | None:
         """Whether two tidied answers are equal; None when that takes too long or too much memory."""
-        first, second = _key(gold), _key(prediction)
+        first, second = plain_key(gold), plain_key(prediction)
         if first == second or (isinstance(first, Fraction) and isinstance(second, Fraction)):
             return first == second
         if (_is_relation(gold) and "=" not in prediction) or (_is_relation(prediction) and "=" not in gold):

@@ -4,10 +4,11 @@ The score of a completion is the log-probability that nothing went wrong in it,
 
     S = alpha * sum of log p(token) + sum over step ends of log sigmoid(head(state)),
 
-so that it starts as the summed log-probability times alpha and a step's score is what it adds. Only problems with
-right and wrong samples teach anything: pairs of one problem are compared (arXiv 2203.02155, eq. 1), so that nothing is
-gained from telling hard problems from easy ones. Step labels by roll-out (arXiv 2312.08935) are a second, optional
-term.
+so that it starts as the summed log-probability times alpha and a step's score is what it adds. Three terms teach it:
+the right samples are made likelier, as in rejection-sampling fine-tuning, which turns the decoder into one that
+recognises them (arXiv 2402.06457); right and wrong samples of one problem are compared in pairs (arXiv 2203.02155,
+eq. 1), so that nothing is gained from telling hard problems from easy ones; and steps may have labels by roll-out
+(arXiv 2312.08935).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,12 +40,14 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class VerifierSettings:
-    """steps: updates, each on about `batch_tokens` tokens of a few problems. step_weight: share of the term that step
-    labels have. frozen: only the head learns."""
+    """steps: updates, each on about `batch_tokens` tokens of a few problems. text_weight, pair_weight, step_weight: of
+    the likelihood of right samples, of pairs and of step labels. frozen: only the head learns."""
 
-    steps: int = 400
-    batch_tokens: int = 16_000
-    lr: float = 5e-4
+    steps: int = 200
+    batch_tokens: int = 8_000
+    lr: float = 1e-3
+    text_weight: float = 1.0
+    pair_weight: float = 1.0
     step_weight: float = 0.5
     frozen: bool = False
     seed: int = 0
@@ -59,6 +63,16 @@ class Example:
     labels: tuple[float, ...] | None = None
 
 
+class Scores(NamedTuple):
+    """total (B,): S. running (B, L): S up to and with every token. at_end (B, L): where a step ends. likelihood (B,):
+    the sum of log p(token) over the answer."""
+
+    total: Tensor
+    running: Tensor
+    at_end: Tensor
+    likelihood: Tensor
+
+
 class Verifier(nn.Module):
     """The decoder and the head. `ends`: for every token id, whether it ends a step (holds a line end)."""
 
@@ -72,11 +86,8 @@ class Verifier(nn.Module):
         self.register_buffer("ends", ends, persistent=False)
         self.ends: Tensor
 
-    def forward(self, ids: Tensor, prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (B, L), of which row b has `length[b]` tokens, the first `prompt[b]` of them the prompt.
-
-        Returns (total (B,), running (B, L): S up to and with every token, at_end (B, L): where a step ends).
-        """
+    def forward(self, ids: Tensor, prompt: Tensor, length: Tensor) -> Scores:
+        """ids (B, L), of which row b has `length[b]` tokens, the first `prompt[b]` of them the prompt."""
         hidden = self.decoder.hidden(ids)
         place = torch.arange(ids.shape[1], device=ids.device)[None, :]
         inside = (place >= prompt[:, None]) & (place < length[:, None])
@@ -84,8 +95,9 @@ class Verifier(nn.Module):
         chosen = F.pad(-F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), (1, 0))
         at_end = inside & (self.ends[ids] | (place == length[:, None] - 1))
         sound = F.logsigmoid(self.head(hidden)[..., 0])
-        running = (torch.where(inside, self.alpha * chosen, 0.0) + torch.where(at_end, sound, 0.0)).cumsum(1)
-        return running[:, -1], running, at_end
+        chosen = torch.where(inside, chosen, 0.0)
+        running = (self.alpha * chosen + torch.where(at_end, sound, 0.0)).cumsum(1)
+        return Scores(running[:, -1], running, at_end, chosen.sum(1))
 
 
 def step_ends(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
@@ -103,25 +115,29 @@ def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor, Tens
     return ids, torch.tensor([len(example.prompt) for example in examples]), torch.tensor(list(map(len, rows)))
 
 
-def verifier_loss(model: Verifier, groups: Sequence[Sequence[Example]], pad: int, step_weight: float) -> Tensor:
-    """Mean over problems of -log sigmoid(S right - S wrong) over its pairs, plus the step term where labels are."""
+def verifier_loss(model: Verifier, groups: Sequence[Sequence[Example]], pad: int, settings: VerifierSettings) -> Tensor:
+    """The weighted sum of the terms, each a mean: -log p of a right sample, -log sigmoid(S right - S wrong) over the
+    pairs of a problem, cross-entropy of a step's label."""
     flat = [example for group in groups for example in group]
-    total, running, at_end = model(*collate(flat, pad))
-    losses, place = [], 0
+    scores = model(*collate(flat, pad))
+    right = torch.tensor([example.correct for example in flat])
+    loss: Tensor = -settings.text_weight * scores.likelihood[right].mean()
+    pairs, place = [], 0
     for group in groups:
-        scores = total[place : place + len(group)]
-        right = torch.tensor([example.correct for example in group])
-        losses.append(-F.logsigmoid(scores[right][:, None] - scores[~right][None, :]).mean())
+        mine, good = scores.total[place : place + len(group)], right[place : place + len(group)]
+        if good.any() and not good.all():
+            pairs.append(-F.logsigmoid(mine[good][:, None] - mine[~good][None, :]).mean())
         place += len(group)
-    loss = torch.stack(losses).mean()
+    if pairs:
+        loss = loss + settings.pair_weight * torch.stack(pairs).mean()
     labelled = [row for row, example in enumerate(flat) if example.labels is not None]
-    if labelled and step_weight:
+    if labelled and settings.step_weight:
         terms = []
         for row in labelled:
             wanted = torch.tensor(flat[row].labels)
-            sound = running[row][at_end[row]].clamp(max=-1e-6)
+            sound = scores.running[row][scores.at_end[row]].clamp(max=-1e-6)
             terms.append(-(wanted * sound + (1 - wanted) * torch.log(-torch.expm1(sound))).mean())
-        loss = loss + step_weight * torch.stack(terms).mean()
+        loss = loss + settings.step_weight * torch.stack(terms).mean()
     return loss
 
 
@@ -134,11 +150,11 @@ def train_verifier(
 ) -> list[float]:
     """Trains a verifier on top of a stock model and writes it to `out`; returns the loss of every update.
 
-    problems: the examples of each problem; those without right and wrong ones are left out. A run that was killed goes
-    on from its last state, saved every minute. Raises BadInput when no problem has mixed outcomes.
+    problems: the examples of each problem; those without a right one are left out. A run that was killed goes on from
+    its last state, saved every minute. Raises BadInput when no problem has right and wrong ones.
     """
-    mixed = [group for group in problems if 0 < sum(example.correct for example in group) < len(group)]
-    if not mixed:
+    useful = [group for group in problems if any(example.correct for example in group)]
+    if all(example.correct for group in useful for example in group):
         raise BadInput("no problem has right and wrong samples: nothing to learn a verifier from")
     tokenizer = load_tokenizer(model_dir)
     decoder = load_model(model_dir)
@@ -157,8 +173,8 @@ def train_verifier(
         warm = min(1.0, (step + 1) / (0.05 * settings.steps))
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        batch = _batch(mixed, settings, step)
-        loss = verifier_loss(model, batch, tokenizer.pad_id, settings.step_weight)
+        batch = _batch(useful, settings, step)
+        loss = verifier_loss(model, batch, tokenizer.pad_id, settings)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -175,13 +191,13 @@ def train_verifier(
     return losses
 
 
-def _batch(mixed: Sequence[Sequence[Example]], settings: VerifierSettings, step: int) -> list[list[Example]]:
-    """Problems drawn for one update, two right and two wrong samples of each, up to the tokens of a batch."""
+def _batch(useful: Sequence[Sequence[Example]], settings: VerifierSettings, step: int) -> list[list[Example]]:
+    """Problems drawn for one update, up to two right and two wrong samples of each, up to the tokens of a batch."""
     dice = np.random.default_rng([settings.seed, step])
     batch: list[list[Example]] = []
     tokens = 0
-    for place in dice.permutation(len(mixed)):
-        group = mixed[place]
+    for place in dice.permutation(len(useful)):
+        group = useful[place]
         drawn = []
         for kind in (True, False):
             alike = [example for example in group if example.correct is kind]
@@ -213,6 +229,8 @@ def load_verifier(directory: Path) -> tuple[Verifier, Tokenizer]:
         if not (directory / name).is_file():
             raise BadInput(f"{directory / name}: missing: not a verifier made by train-reward")
     tokenizer, decoder = load_tokenizer(directory), load_model(directory)
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise BadInput(f"{directory}: the tokenizer has more tokens than the model, it is another model's")
     model = Verifier(decoder, step_ends(tokenizer, decoder.config.vocab_size))
     tensors = load_file(directory / HEAD)
     if tensors["head.weight"].shape != model.head.weight.shape:
@@ -233,7 +251,7 @@ def score_examples(
         count = max(1, batch_tokens // max(1, len(widest.prompt) + len(widest.answer)))
         rows, order = order[-count:], order[:-count]
         started = time.monotonic()
-        total, running, at_end = model(*collate([examples[i] for i in rows], pad))
+        total, running, at_end, _ = model(*collate([examples[i] for i in rows], pad))
         seconds = (time.monotonic() - started) / len(rows)
         for row, place in enumerate(rows):
             yield place, float(total[row]), running[row][at_end[row]].tolist(), seconds

@@ -131,8 +131,8 @@ class Ballot:
     def decided(self) -> bool:
         """Whether more chains need not be waited for.
 
-        majority: those still to come cannot change the answer. adaptive: the chance that they would, were there no end
-        of them, is at most .05 (`scale.adaptive`). best_of_n and weighted are never decided early.
+        majority: those still to come cannot change the answer. adaptive: with a chance of at most .05 another answer
+        would lead, were there no end of them (`scale.adaptive`). best_of_n and weighted are never decided early.
         """
         if len(self.chains) < self.least or self.strategy in RANKED or self.unplaced:
             return False
@@ -140,7 +140,7 @@ class Ballot:
         first, second = sorted([*counts, 0, 0], reverse=True)[:2]
         if first - second > self.limit - len(self.chains):
             return True
-        return self.strategy == "adaptive" and decided(counts, UNSURE, least=1)
+        return self.strategy == "adaptive" and decided(counts, UNSURE)
 
     def outcome(self, seconds: float, stopped: str) -> Outcome:
         """The answer as things stand."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig
+from thinkfast.model.config import ATTENTION, MAMBA, MAMBA1, MAMBA2, DecoderConfig, MambaConfig
+from thinkfast.model.mixer import COPIED, INITIALISED, NEW, Part
+from thinkfast.model.mixers import MIXERS
 
-COPIED, INITIALISED, NEW = "copied", "initialised", "new"
 INITS = ("attention", "random")
 
 
@@ -40,21 +41,22 @@ class PlanDocument(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Layers that stay attention; all others become Mamba-2.
+    """Layers that stay attention; all others get a mixer with a state, of the kind `mixer`.
 
     `init` "attention" takes the new mixers from the teacher's projections, "random" starts them afresh. `n_groups` is
-    the number of B and C groups, by default one for each query head.
+    the number of B and C groups, by default one for each query head (of Mamba-1 one for each key/value head).
     """
 
     attention: tuple[int, ...] = ()
     init: str = "attention"
     n_groups: int | None = None
+    mixer: str = MAMBA2
 
     def student_config(self, teacher: DecoderConfig) -> DecoderConfig:
         """The student's shape: one Mamba head a query head, head_dim = d_state = the teacher's head_dim.
 
         Raises BadInput when a layer is no int, out of range or named twice, the teacher is not all attention, or the
-        mixer cannot be built or written as a stock checkpoint.
+        mixer is unknown or cannot be built (Mamba-2: or written as a stock checkpoint).
         """
         layers = teacher.num_layers
         for index in self.attention:
@@ -66,7 +68,9 @@ class LayerPlan:
                 raise BadInput(f"attention layers: {index} is named twice")
         if self.init not in INITS:
             raise BadInput(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
-        if teacher.qk_norm and 0 < len(self.attention) < layers:
+        if self.mixer not in MIXERS:
+            raise BadInput(f"mixer is {self.mixer!r}, expected one of {', '.join(MIXERS)}")
+        if self.mixer == MAMBA2 and teacher.qk_norm and 0 < len(self.attention) < layers:
             raise BadInput(
                 f"attention layers: {self.attention[0]} would stay, but the teacher norms queries and keys (QK norm), "
                 "which no layout of a hybrid student can express: convert every layer, or take another teacher"
@@ -81,18 +85,13 @@ class LayerPlan:
         return teacher.with_layers(kinds, self._mamba_config(teacher))
 
     def _mamba_config(self, teacher: DecoderConfig) -> MambaConfig:
-        heads = teacher.num_heads
-        groups = heads if self.n_groups is None else self.n_groups
-        if groups < 1 or heads % groups:
-            raise BadInput(f"n_groups is {groups}, expected a divisor of the {heads} heads")
-        if self.init == "attention" and groups != heads:
-            raise BadInput(f"n_groups is {groups}, but init 'attention' needs one group for each of the {heads} heads")
-        if heads * teacher.head_dim % teacher.hidden_size:
+        shape = MIXERS[self.mixer].shape_of(teacher, self.n_groups)
+        if self.mixer != MAMBA1 and self.init == "attention" and shape.n_groups != shape.n_heads:
             raise BadInput(
-                f"{heads} heads of {teacher.head_dim} are no multiple of hidden_size {teacher.hidden_size}; "
-                "the stock layout of a student needs a whole expansion factor"
+                f"n_groups is {shape.n_groups}, but init 'attention' needs one group for each of the "
+                f"{shape.n_heads} heads"
             )
-        return MambaConfig(heads, teacher.head_dim, teacher.head_dim, groups, chunk_size=teacher.head_dim)
+        return shape
 
 
 def every(num_layers: int, stride: int) -> tuple[int, ...]:
@@ -100,6 +99,27 @@ def every(num_layers: int, stride: int) -> tuple[int, ...]:
     if stride < 1:
         raise BadInput(f"stride is {stride}, expected at least 1")
     return tuple(range(stride // 2, num_layers, stride))
+
+
+def uniform(num_layers: int, keep: int) -> tuple[int, ...]:
+    """`keep` layers spread evenly: the middle ones of `keep` equal stretches, rounded down."""
+    if not 0 <= keep <= num_layers:
+        raise BadInput(f"keep is {keep}, the teacher has {num_layers} layers")
+    return tuple((2 * place + 1) * num_layers // (2 * keep) for place in range(keep))
+
+
+def ranked_layers(ranking: Any, keep: int, where: str) -> tuple[int, ...]:
+    """The layers that a document of `thinkfast rank-layers` chooses for `keep` attention layers, in ascending order.
+
+    Raises BadInput naming `where` and the field when it is no such document or chooses no set of that size.
+    """
+    choices = ranking.get("choices") if isinstance(ranking, dict) else None
+    if not isinstance(choices, dict):
+        raise BadInput(f"{where}: choices is missing, expected the document of thinkfast rank-layers")
+    layers = choices.get(str(keep))
+    if not isinstance(layers, list) or len(layers) != keep or not all(isinstance(layer, int) for layer in layers):
+        raise BadInput(f"{where}: choices has no {keep} layers, expected keep among {', '.join(choices)}")
+    return tuple(sorted(layers))
 
 
 _KEPT = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -112,44 +132,8 @@ _SHARED = (
 )
 
 
-_MIXER_PARTS = (
-    "in_proj.weight[z]",
-    "in_proj.weight[x]",
-    "in_proj.weight[B]",
-    "in_proj.weight[C]",
-    "in_proj.weight[dt]",
-    "conv1d.weight",
-    "conv1d.bias",
-    "A_log",
-    "D",
-    "dt_bias",
-    "norm.weight",
-    "out_proj.weight",
-)
-
-
-def _mixer_origins(init: str, calibrated: bool, teacher: DecoderConfig) -> dict[str, tuple[str, str]]:
-    """How and from what each part of a new mixer is made."""
-    parts = dict.fromkeys(_MIXER_PARTS, (NEW, ""))
-    if init == "random":
-        return parts
-    if teacher.qkv_bias:
-        parts |= {"conv1d.bias": (INITIALISED, "biases of q_proj, k_proj, v_proj")}
-    if teacher.qk_norm:
-        parts |= {"in_proj.weight[B]": (INITIALISED, "k_proj, k_norm")}
-    return {
-        "in_proj.weight[B]": (COPIED, "k_proj"),
-        **parts,
-        "in_proj.weight[z]": (INITIALISED, "layer inputs, least squares") if calibrated else (NEW, ""),
-        "in_proj.weight[x]": (COPIED, "v_proj"),
-        "in_proj.weight[C]": (INITIALISED, "q_proj"),
-        "norm.weight": (INITIALISED, "attention output, least squares" if calibrated else "v_proj"),
-        "out_proj.weight": (COPIED, "o_proj"),
-    }
-
-
 def _sizes(config: DecoderConfig) -> dict[str, int]:
-    """Numbers in each tensor of a layer, mixer parts without their prefix."""
+    """Numbers in each tensor of a layer, those of attention without their prefix."""
     hidden, width = config.hidden_size, config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
     sizes = {name: hidden * config.intermediate_size for name in _SHARED if name.startswith("mlp.")}
@@ -158,15 +142,19 @@ def _sizes(config: DecoderConfig) -> dict[str, int]:
     sizes |= {"k_proj.weight": hidden * kv_width, "v_proj.weight": hidden * kv_width}
     sizes |= {"q_proj.bias": width, "k_proj.bias": kv_width, "v_proj.bias": kv_width}
     sizes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), config.head_dim)
-    mamba = config.mamba
-    if mamba is not None:
-        rows = {"z": mamba.d_inner, "x": mamba.d_inner, "dt": mamba.n_heads}
-        rows |= dict.fromkeys(("B", "C"), mamba.n_groups * mamba.d_state)
-        sizes |= {f"in_proj.weight[{part}]": count * hidden for part, count in rows.items()}
-        sizes |= {"conv1d.weight": mamba.conv_dim * mamba.d_conv, "conv1d.bias": mamba.conv_dim}
-        sizes |= dict.fromkeys(("A_log", "D", "dt_bias"), mamba.n_heads)
-        sizes |= {"norm.weight": mamba.d_inner, "out_proj.weight": mamba.d_inner * hidden}
     return sizes
+
+
+def _told(parts: dict[str, Part], teacher: DecoderConfig) -> dict[str, Part]:
+    """The parts of a mixer with what a bias or a norm of the teacher's queries and keys adds to them."""
+    found = dict(parts)
+    if teacher.qkv_bias and "conv1d.bias" in found:
+        found["conv1d.bias"] = (found["conv1d.bias"][0], INITIALISED, "biases of the projections")
+    if teacher.qk_norm:
+        for name, (size, _, source) in parts.items():
+            if source in ("q_proj", "k_proj"):
+                found[name] = (size, INITIALISED, f"{source}, {source[0]}_norm")
+    return found
 
 
 def plan_document(plan: LayerPlan, teacher: DecoderConfig, calibrated: bool) -> PlanDocument:
@@ -178,19 +166,19 @@ def plan_document(plan: LayerPlan, teacher: DecoderConfig, calibrated: bool) -> 
     counts = {COPIED: 0, INITIALISED: 0, NEW: 0}
     layers: list[LayerOrigin] = []
     for index, kind in enumerate(config.layer_types):
-        parts: dict[str, tuple[str, str]]
         if kind == ATTENTION:
-            parts = {f"{name}.weight": (COPIED, name) for name in _KEPT}
-            if config.qkv_bias:
-                parts |= {f"{name}.bias": (COPIED, name) for name in _KEPT[:3]}
-            if config.qk_norm:
-                parts |= {f"{name}.weight": (COPIED, name) for name in ("q_norm", "k_norm")}
+            kept = [f"{name}.weight" for name in _KEPT]
+            kept += [f"{name}.bias" for name in _KEPT[:3] if config.qkv_bias]
+            kept += [f"{name}.weight" for name in ("q_norm", "k_norm") if config.qk_norm]
+            parts = {name: (sizes[name], COPIED, name.split(".")[0]) for name in kept}
         else:
-            parts = _mixer_origins(plan.init, calibrated, teacher)
-        origins = {name: (f"mixer.{name}", how, source) for name, (how, source) in parts.items()}
+            parts = _told(MIXERS[plan.mixer].parts(config, calibrated), teacher)
+            if plan.init == "random":
+                parts = {name: (size, NEW, "") for name, (size, _, _) in parts.items()}
+        origins = {name: (f"mixer.{name}", how, source) for name, (_, how, source) in parts.items()}
         origins |= {name: (name, COPIED, name.removesuffix(".weight")) for name in _SHARED}
         for name, (_, how, _) in origins.items():
-            counts[how] += sizes[name]
+            counts[how] += parts[name][0] if name in parts else sizes[name]
         tensors: list[TensorOrigin] = [
             {"name": f"layers.{index}.{name}", "how": how, "source": source} for name, how, source in origins.values()
         ]

@@ -1,152 +1,190 @@
-// One query token against the cached keys and values of its slot.
-// Keys lie in blocks of 16 tokens, transposed: [T / 16][dim][16]; values lie as [T][dim]. `dim` is head_dim padded to 16.
-// A bfloat16 group of 16 holds element i in the low and element i + 8 in the high half of word i, so that a shift and a
-// mask turn one load into two float vectors.
+// Query tokens against cached keys and values, which lie in pages of 32 tokens. Pages may belong to many slots: what
+// slots have in common is read once for all of them.
+//
+// A page holds, of every layer and kv head, the keys transposed as [dim][32] and then the values as [32][dim]; `dim` is
+// head_dim padded to 32. Scores are softened in chunks of 8 pages with a running maximum (arXiv 1805.02867), so that a
+// query's arithmetic depends on its own tokens alone, not on who else reads the chunk.
 #pragma once
+#include <algorithm>
 #include <vector>
 
+#include "bf16.h"
 #include "vec.h"
 
 namespace tf {
 
-// The sweep over keys and values is bound by memory; the machine's own prefetcher alone leaves a quarter of it unused.
-constexpr int kAhead = 1024;  // bytes
-constexpr int kStart = 2048;  // bytes fetched of a stream before it begins
+constexpr int kPage = 32;             // tokens of a page, and numbers that are loaded together
+constexpr int kChunk = 8;             // pages
+constexpr int kParts = kPage / kLanes;
+constexpr int kTogether = kLanes / 4;  // queries that share a load
+constexpr int kBatch = 32;            // queries whose scores of a chunk are in hand at once
+constexpr int kScores = kChunk * kPage;
 
-struct Bf16 {
-    uint16_t bits;
-};
-
-TF_INLINE void load16(const float* p, v8& low, v8& high) {
-    low = load(p);
-    high = load(p + 8);
+TF_INLINE void load_group(const float* p, vec (&to)[kParts]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; i++) to[i] = load(p + i * kLanes);
 }
 
-TF_INLINE void load16(const Bf16* p, v8& low, v8& high) {
-    v8w words = *reinterpret_cast<const v8w_any*>(p);
-    low = (v8)(words << 16);
-    high = (v8)(words & 0xffff0000u);
+TF_INLINE void load_group(const Bf16* p, vec (&to)[kParts]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts / 2; i++) load_pair(p + 2 * i * kLanes, to[i], to[i + kParts / 2]);
 }
 
 TF_INLINE void put(float* group, int i, float x) { group[i] = x; }
 
-TF_INLINE void put(Bf16* group, int i, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    // Round to nearest even; a NaN must not be rounded into an infinity.
-    uint32_t rounded = x != x ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
-    group[(i & 7) * 2 + (i >> 3)].bits = (uint16_t)(rounded >> 16);
+TF_INLINE void put(Bf16* group, int i, float x) { group[place(i, kPage)] = rounded(x); }
+
+// Writes the key and value (head_dim padded to dim) of one token of a page.
+template <class T>
+static void append(T* page, int token, int dim, const float* k, const float* v) {
+    T* row = page + (size_t)(kPage + token) * dim;
+    for (int d = 0; d < dim; d++) {
+        put(page + (size_t)kPage * d, token, k[d]);
+        put(row + d / kPage * kPage, d % kPage, v[d]);
+    }
 }
 
-// Keys and values of one (slot, layer, kv head).
-template <class T>
-struct KeyValues {
-    T *keys, *values;
-    const void* next;  // what is read after this
-    int dim;
-
-    T* key_block(int token) const { return keys + (size_t)(token / 16) * 16 * dim; }
-
-    void append(int token, const float* k, const float* v) const {
-        T* block = key_block(token);
-        T* row = values + (size_t)token * dim;
-        for (int d = 0; d < dim; d++) {
-            put(block + 16 * d, token % 16, k[d]);
-            put(row + d / 16 * 16, d % 16, v[d]);
-        }
-    }
+// One query head of one row: what it asks, how many tokens it sees, the pages of the chunk at hand, and its running
+// softmax. y (dim) holds the weighted sum of values so far, to be divided by `total`.
+struct Query {
+    const float* q;
+    float* y;
+    int tokens;
+    const char* const* pages;
+    float top, total;
 };
 
-// Scores of 16 * B tokens for H query heads.
-template <int H, int B, class T>
-TF_INLINE void score_blocks(const T* block, int dim, int head_dim, const float* q, float* scores, int lds) {
-    v8 acc[H][2 * B];
+// Scores of a page's 32 tokens for H queries. Meanwhile fetches as many bytes.
+template <int H, class T>
+static void score_page(const T* keys, int head_dim, Query* const* queries, float* scores, const char* ahead) {
+    vec acc[H][kParts];
 #pragma GCC unroll 8
     for (int h = 0; h < H; h++)
-#pragma GCC unroll 8
-        for (int b = 0; b < 2 * B; b++) acc[h][b] = splat(0.0f);
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; i++) acc[h][i] = vec{};
+#pragma GCC unroll 2
     for (int d = 0; d < head_dim; d++) {
-        fetch(block + (size_t)16 * B * d + kAhead / sizeof(T), 16 * B * sizeof(T));
-        v8 k[2 * B];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++) load16(block + (size_t)b * 16 * dim + 16 * d, k[2 * b], k[2 * b + 1]);
+        fetch(ahead + (size_t)d * kPage * sizeof(T), kPage * sizeof(T));
+        vec k[kParts];
+        load_group(keys + (size_t)kPage * d, k);
 #pragma GCC unroll 8
         for (int h = 0; h < H; h++) {
-            v8 a = splat(q[h * dim + d]);
-#pragma GCC unroll 8
-            for (int b = 0; b < 2 * B; b++) acc[h][b] += a * k[b];
+            vec a = splat(queries[h]->q[d]);
+#pragma GCC unroll 4
+            for (int i = 0; i < kParts; i++) acc[h][i] += a * k[i];
         }
     }
 #pragma GCC unroll 8
     for (int h = 0; h < H; h++)
-#pragma GCC unroll 8
-        for (int b = 0; b < 2 * B; b++) store(scores + (size_t)h * lds + 8 * b, acc[h][b]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; i++) store(scores + (size_t)h * kScores + i * kLanes, acc[h][i]);
 }
 
-// Sum over tokens of weight * value for H heads and 16 * B channels.
-template <int H, int B, class T>
-TF_INLINE void weigh(const T* values, int dim, int tokens, const float* weights, int ldw, const float* scale, float* y) {
-    v8 acc[H][2 * B];
+// Adds weight * value over `tokens` tokens of a page to the queries' sums.
+template <int H, class T>
+static void weigh_page(const T* values, int dim, int tokens, Query* const* queries, const float* weights, const char* ahead) {
+    for (int part = 0; part < dim; part += kPage) {
+        vec acc[H][kParts];
 #pragma GCC unroll 8
-    for (int h = 0; h < H; h++)
+        for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+            for (int i = 0; i < kParts; i++) acc[h][i] = load(queries[h]->y + part + i * kLanes);
+#pragma GCC unroll 2
+        for (int t = 0; t < tokens; t++) {
+            fetch(ahead + ((size_t)t * dim + part) * sizeof(T), kPage * sizeof(T));
+            vec v[kParts];
+            load_group(values + (size_t)t * dim + part, v);
 #pragma GCC unroll 8
-        for (int b = 0; b < 2 * B; b++) acc[h][b] = splat(0.0f);
-    for (int t = 0; t < tokens; t++) {
-        fetch(values + (size_t)t * dim + kAhead / sizeof(T), 16 * B * sizeof(T));
-        v8 v[2 * B];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; b++) load16(values + (size_t)t * dim + 16 * b, v[2 * b], v[2 * b + 1]);
-#pragma GCC unroll 8
-        for (int h = 0; h < H; h++) {
-            v8 a = splat(weights[(size_t)h * ldw + t]);
-#pragma GCC unroll 8
-            for (int b = 0; b < 2 * B; b++) acc[h][b] += a * v[b];
+            for (int h = 0; h < H; h++) {
+                vec a = splat(weights[(size_t)h * kScores + t]);
+#pragma GCC unroll 4
+                for (int i = 0; i < kParts; i++) acc[h][i] += a * v[i];
+            }
         }
+#pragma GCC unroll 8
+        for (int h = 0; h < H; h++)
+#pragma GCC unroll 4
+            for (int i = 0; i < kParts; i++) store(queries[h]->y + part + i * kLanes, acc[h][i]);
     }
-    for (int h = 0; h < H; h++)
-        for (int b = 0; b < 2 * B; b++) store(y + (size_t)h * dim + 8 * b, acc[h][b] * splat(scale[h]));
 }
 
-// Turns `tokens` scores into exp(score - max), about zero behind the end; returns 1 / their sum. Meanwhile
-// fetches 8 bytes a token of what is read next.
-static inline float soften(float* scores, int tokens, const char* following) {
-    int padded = round_up(tokens, 16);
+// Turns the scores of a chunk into exp(score - maximum), zero behind `tokens` of them, and rescales what came before.
+static inline void soften(Query& query, float* scores, int tokens, int dim) {
+    int padded = round_up(tokens, kPage);
     for (int t = tokens; t < padded; t++) scores[t] = -INFINITY;
-    v8 top = load(scores), other = load(scores + 8);
-    for (int t = 16; t < padded; t += 16) {
-        top = larger(load(scores + t), top);
-        other = larger(load(scores + t + 8), other);
-    }
-    v8 m = splat(largest(larger(top, other)));
-    v8 total = splat(0.0f), rest = splat(0.0f);
-    for (int t = 0; t < padded; t += 16) {
-        fetch(following + (size_t)t * 8, 128);
-        v8 a = exp_upto88(load(scores + t) - m), b = exp_upto88(load(scores + t + 8) - m);
+    vec tops = splat(query.top);
+    for (int t = 0; t < padded; t += kLanes) tops = larger(load(scores + t), tops);
+    float top = largest(tops);
+    vec m = splat(top), total = vec{}, rest = vec{};
+    for (int t = 0; t < padded; t += 2 * kLanes) {
+        vec a = exp_upto88(load(scores + t) - m), b = exp_upto88(load(scores + t + kLanes) - m);
         store(scores + t, a);
-        store(scores + t + 8, b);
+        store(scores + t + kLanes, b);
         total += a;
         rest += b;
     }
-    // A padded place adds about 1e-38, far below the rounding of a sum that holds a one.
-    return 1.0f / sum(total + rest);
+    if (query.total == 0.0f) {
+        for (int d = 0; d < dim; d += kLanes) store(query.y + d, vec{});
+        query.total = sum(total + rest);
+    } else {
+        vec scale = exp_upto88(splat(query.top) - m);
+        for (int d = 0; d < dim; d += kLanes) store(query.y + d, load(query.y + d) * scale);
+        query.total = query.total * scale[0] + sum(total + rest);
+    }
+    query.top = top;
 }
 
-// H consecutive query heads q (H, dim) of one kv head -> y (H, dim). scores: H * lds floats of scratch.
-template <int H, class T>
-static void attend_heads(const KeyValues<T>& kv, int tokens, int head_dim, const float* q, float* scores, int lds, float* y) {
-    constexpr int wide = H == 1 ? 4 : H == 2 ? 2 : 1;
-    int blocks = (tokens + 15) / 16, b = 0;
-    for (; b + wide <= blocks; b += wide)
-        score_blocks<H, wide>(kv.key_block(16 * b), kv.dim, head_dim, q, scores + 16 * b, lds);
-    for (; b < blocks; b++) score_blocks<H, 1>(kv.key_block(16 * b), kv.dim, head_dim, q, scores + 16 * b, lds);
-    float scale[H];
-    const char* following = reinterpret_cast<const char*>(kv.values);
-    for (int h = 0; h < H; h++) scale[h] = soften(scores + (size_t)h * lds, tokens, following + (size_t)h * tokens * 8);
-    fetch(kv.next, kStart);
-    int groups = kv.dim / 16, g = 0;
-    for (; g + wide <= groups; g += wide)
-        weigh<H, wide>(kv.values + 16 * g, kv.dim, tokens, scores, lds, scale, y + 16 * g);
-    for (; g < groups; g++) weigh<H, 1>(kv.values + 16 * g, kv.dim, tokens, scores, lds, scale, y + 16 * g);
+// Calls run(first, H, fresh) over runs of at most kTogether queries that read the same `page`; `fresh` tells that the
+// query before them does not.
+template <class F>
+TF_INLINE void over_readers(Query* const* queries, int n, int page, F run) {
+    for (int i = 0; i < n;) {
+        const char* here = queries[i]->pages[page];
+        bool fresh = i == 0 || queries[i - 1]->pages[page] != here;
+        int take = 1;
+        while (take < kTogether && i + take < n && queries[i + take]->pages[page] == here) take++;
+        run(i, take, fresh);
+        i += take;
+    }
+}
+
+// The chunk that begins with token `from`, for n queries that see at least one of its tokens, of one layer and kv head.
+// `next`: two pages that are read after it. scores: kBatch * kScores floats of scratch.
+template <class T>
+static void attend_chunk(Query* const* all, int n, int from, const char* const* next, int dim, int head_dim, float* scores) {
+    const size_t values = sizeof(T) * kPage * dim;  // they lie so far behind the keys
+    for (int begin = 0; begin < n; begin += kBatch) {
+        int held = std::min(kBatch, n - begin), longest = 0;
+        Query* const* queries = all + begin;
+        auto seen = [&](int i) { return std::min(kScores, queries[i]->tokens - from); };
+        for (int i = 0; i < held; i++) longest = std::max(longest, seen(i));
+        int used = (longest + kPage - 1) / kPage;
+        // What is read two pages later, keys of all pages first, then values.
+        auto later = [&](int i, int order) {
+            order += 2;
+            if (order < used) return queries[i]->pages[order];
+            if (order < 2 * used) return queries[i]->pages[order - used] + values;
+            return next[std::min(order - 2 * used, 1)];
+        };
+        for (int p = 0; p < used; p++)
+            over_readers(queries, held, p, [&](int i, int take, bool fresh) {
+                const char* keys = queries[i]->pages[p];
+                auto run = take >= 4 ? score_page<4, T> : take == 3 ? score_page<3, T> : take == 2 ? score_page<2, T> : score_page<1, T>;
+                run(reinterpret_cast<const T*>(keys), head_dim, queries + i, scores + (size_t)i * kScores + p * kPage, fresh ? later(i, p) : keys);
+            });
+        for (int i = 0; i < held; i++) {
+            soften(*queries[i], scores + (size_t)i * kScores, seen(i), dim);
+            for (int t = round_up(seen(i), kPage); t < used * kPage; t++) scores[(size_t)i * kScores + t] = 0.0f;
+        }
+        for (int p = 0; p < used; p++)
+            over_readers(queries, held, p, [&](int i, int take, bool fresh) {
+                const char* from_values = queries[i]->pages[p] + values;
+                auto run = take >= 4 ? weigh_page<4, T> : take == 3 ? weigh_page<3, T> : take == 2 ? weigh_page<2, T> : weigh_page<1, T>;
+                int tokens = std::min(kPage, longest - p * kPage);
+                run(reinterpret_cast<const T*>(from_values), dim, tokens, queries + i, scores + (size_t)i * kScores + p * kPage,
+                    fresh ? later(i, used + p) : from_values);
+            });
+    }
 }
 
 }  // namespace tf

@@ -43,6 +43,7 @@ MAMBA_TENSORS = (
     "mlp.down_proj.weight",
 )
 MAX_TAPS = 64
+PAGE_TOKENS = 32
 COLUMNS = tuple(map(np.dtype, (np.int32, np.int32, np.int32, np.uint64, np.int64)))  # of a step
 
 
@@ -71,15 +72,18 @@ def library() -> ctypes.CDLL:
         raise BuildError(f"cannot load {path}: {error}") from error
     pointer, i32, i64, f64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "tf_model_new": (pointer, [pointer, f64, pointer, pointer]),
+        "tf_model_new": (pointer, [pointer, f64, i32, pointer, pointer]),
         "tf_model_free": (None, [pointer]),
-        "tf_pool_new": (pointer, [pointer, i32, i32, i32, i32, pointer, pointer]),
+        "tf_pool_new": (pointer, [pointer, i32, i32, i32, i32, i64, pointer, pointer]),
         "tf_pool_free": (None, [pointer]),
-        "tf_step": (None, [pointer, i32, *[pointer] * 5, f64, i32, f64, *[pointer] * 3]),
-        "tf_prefill": (None, [pointer, i32, *[pointer] * 4]),
-        "tf_state_bytes": (i64, [pointer, i32]),
-        "tf_state_save": (None, [pointer, i32, i32, pointer]),
-        "tf_state_load": (None, [pointer, i32, i32, pointer]),
+        "tf_step": (i32, [pointer, i32, *[pointer] * 5, f64, i32, f64, *[pointer] * 3]),
+        "tf_prefill": (i32, [pointer, i32, *[pointer] * 4]),
+        "tf_keep": (pointer, [pointer, i32, i32]),
+        "tf_resume": (i32, [pointer, i32, pointer, i32]),
+        "tf_kept_bytes": (i64, [pointer, pointer, pointer]),
+        "tf_kept_free": (None, [pointer, pointer]),
+        "tf_clear": (None, [pointer, i32]),
+        "tf_sizes": (None, [pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
@@ -87,18 +91,26 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+def _address(array: NDArray[Any]) -> int:
+    """`array.ctypes.data` at a third of its time, which counts in a step of a small model."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
 class NativeModel:
-    """A packed float32 copy of a decoder's weights.
+    """A packed copy of a decoder's weights: matrices in bfloat16 where `half`, else float32, the rest in float32.
 
     `tensors` has the names of `Decoder.state_dict()` (`head` for the output projection, which may be tied).
     Raises BuildError where the kernels cannot be had, MemoryError where the copy does not fit.
     """
 
-    def __init__(self, shape: Shape, tensors: Mapping[str, Tensor], frequency: Tensor | None) -> None:
+    def __init__(
+        self, shape: Shape, tensors: Mapping[str, Tensor], frequency: Tensor | None, half: bool = False
+    ) -> None:
         self._lib = library()
         if shape.mamba[4] > MAX_TAPS:
             raise BuildError(f"the kernels take convolutions of at most {MAX_TAPS} taps, got {shape.mamba[4]}")
-        self.shape = shape
+        self.shape, self.half = shape, half
         self.frequency = torch.zeros(shape.head_dim // 2) if frequency is None else frequency.float().cpu()
         names = ["embed_tokens.weight", "norm.weight", "head"]
         for index, attention in enumerate(shape.attention):
@@ -108,25 +120,53 @@ class NativeModel:
         sizes = (shape.vocab, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim)
         numbers = (ctypes.c_int64 * 12)(*sizes, len(shape.attention), *shape.mamba)
         kinds = (ctypes.c_int32 * max(len(shape.attention), 1))(*map(int, shape.attention))
-        self._handle = self._lib.tf_model_new(numbers, shape.eps, kinds, pointers)
+        self._handle = self._lib.tf_model_new(numbers, shape.eps, int(half), kinds, pointers)
         if not self._handle:
             raise MemoryError("the packed weights do not fit into memory")
         weakref.finalize(self, self._lib.tf_model_free, self._handle)
 
 
+class NativeKept:
+    """The state behind a prompt. Its whole pages of keys and values are shared with the samples drawn from it."""
+
+    def __init__(self, pool: NativePool, handle: int, length: int) -> None:
+        self.pool, self.handle, self.length = pool, handle, length
+        # The callback holds the pool, which therefore outlives the state.
+        weakref.finalize(self, _drop, pool, handle)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes; those of whole pages are shared with the samples drawn from it."""
+        size: int = self.pool._lib.tf_kept_bytes(self.pool._handle, self.handle, None)
+        return size
+
+    def contents(self) -> NDArray[np.uint8]:
+        """What it holds, page by page, then the Mamba states."""
+        held = np.empty(self.nbytes, np.uint8)
+        self.pool._lib.tf_kept_bytes(self.pool._handle, self.handle, _address(held))
+        return held
+
+
+def _drop(pool: NativePool, handle: int) -> None:
+    pool._lib.tf_kept_free(pool._handle, handle)
+
+
 class NativePool:
     """Memory for `slots` sequences of at most `capacity` tokens and the threads that decode them.
 
-    Keys and values are bfloat16 where `half`, else float32; Mamba states are float32. Pages are taken when touched.
+    Keys and values are bfloat16 where `half`, else float32, in pages of `PAGE_TOKENS` tokens; Mamba states are float32.
+    Memory is taken when touched. `pages`: how many there may be at most, kept prompts included; None for no limit.
     """
 
-    def __init__(self, model: NativeModel, slots: int, capacity: int, half: bool, threads: int) -> None:
+    def __init__(
+        self, model: NativeModel, slots: int, capacity: int, half: bool, threads: int, pages: int | None = None
+    ) -> None:
         self._lib, self._model = model._lib, model
         self.slots, self.capacity, self.half, self.threads = slots, capacity, half, threads
         angle = torch.arange(capacity)[:, None].float() * model.frequency
         cosines, sines = torch.cos(angle).contiguous(), torch.sin(angle).contiguous()
         self._handle = self._lib.tf_pool_new(
-            model._handle, slots, capacity, int(half), threads, cosines.data_ptr(), sines.data_ptr()
+            model._handle, slots, capacity, int(half), threads, pages or 0, cosines.data_ptr(), sines.data_ptr()
         )
         if not self._handle:
             raise MemoryError(f"{slots} slots of {capacity} tokens do not fit into memory")
@@ -147,6 +187,7 @@ class NativePool:
         """Feeds tokens (n,) at their positions to distinct slots; returns the drawn tokens and their log-probabilities.
 
         A token of -1 marks a row whose logits are not finite. `logits` (n, vocab), where given, receives the logits.
+        Raises MemoryError where no page is left; then nothing has been fed.
         """
         count = len(slots)
         out, logprobs = np.empty(count, np.int32), np.empty(count, np.float64)
@@ -156,29 +197,65 @@ class NativePool:
                 raise ValueError(f"expected {count} contiguous {kind}, got {len(array)} {array.dtype}")
         if logits is not None and (logits.shape != (count, self._model.shape.vocab) or logits.dtype != np.float32):
             raise ValueError(f"logits must be float32 ({count}, {self._model.shape.vocab})")
-        given = [array.ctypes.data for array in arrays]
-        room = None if logits is None else logits.ctypes.data
-        self._lib.tf_step(
-            self._handle, count, *given, temperature, top_k, top_p, out.ctypes.data, logprobs.ctypes.data, room
+        given = [_address(array) for array in arrays]
+        room = None if logits is None else _address(logits)
+        full = self._lib.tf_step(
+            self._handle, count, *given, temperature, top_k, top_p, _address(out), _address(logprobs), room
         )
+        self._check(full)
         return out, logprobs
 
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], starts: Sequence[int] = ()) -> None:
-        """Feeds prompts[i] to slots[i] behind the starts[i] tokens it holds, by default none."""
+    def prefill(
+        self, slots: Sequence[int], prompts: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+    ) -> None:
+        """Feeds prompts[i] to slots[i] from position starts[i] on, by default 0. Raises MemoryError as `step` does."""
         offsets = np.zeros(len(prompts) + 1, np.int64)
         np.cumsum([len(prompt) for prompt in prompts], out=offsets[1:])
         ids = np.fromiter((token for prompt in prompts for token in prompt), np.int32, int(offsets[-1]))
         rows = np.asarray(slots, np.int32)
-        held = np.asarray(starts or [0] * len(prompts), np.int32)
-        given = [array.ctypes.data for array in (rows, held, offsets, ids)]
-        self._lib.tf_prefill(self._handle, len(prompts), *given)
+        first = np.zeros(len(rows), np.int32) if starts is None else np.asarray(starts, np.int32)
+        given = [_address(array) for array in (rows, first, offsets, ids)]
+        self._check(self._lib.tf_prefill(self._handle, len(prompts), *given))
 
-    def save(self, slot: int, length: int) -> NDArray[np.uint8]:
-        """What a slot remembers after `length` tokens."""
-        state = np.empty(self._lib.tf_state_bytes(self._handle, length), np.uint8)
-        self._lib.tf_state_save(self._handle, slot, length, state.ctypes.data)
-        return state
+    def keep(self, slot: int, length: int) -> NativeKept:
+        """What a slot remembers after `length` tokens. Raises MemoryError where no page is left."""
+        handle = self._lib.tf_keep(self._handle, slot, length)
+        self._check(not handle)
+        return NativeKept(self, handle, length)
 
-    def load(self, slot: int, length: int, state: NDArray[np.uint8]) -> None:
-        """Puts a saved state into a slot; the inverse of `save`."""
-        self._lib.tf_state_load(self._handle, slot, length, state.ctypes.data)
+    def resume(self, slot: int, kept: NativeKept, shared: int | None = None) -> None:
+        """Makes a slot go on from a kept state, sharing the pages of its first `shared` tokens, by default of all.
+
+        Raises MemoryError where no page is left.
+        """
+        if kept.pool is not self:
+            raise ValueError("a kept state belongs to the pool that made it")
+        self._check(self._lib.tf_resume(self._handle, slot, kept.handle, kept.length if shared is None else shared))
+
+    def clear(self, slot: int) -> None:
+        """Gives the pages of a slot back."""
+        self._lib.tf_clear(self._handle, slot)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: the keys and values of `PAGE_TOKENS` tokens in all attention layers."""
+        return self._sizes()[0]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot beside its pages: its Mamba states."""
+        return self._sizes()[1]
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that slots and kept states hold at the moment."""
+        return self._sizes()[2]
+
+    def _sizes(self) -> tuple[int, int, int]:
+        sizes = (ctypes.c_int64 * 3)()
+        self._lib.tf_sizes(self._handle, sizes)
+        return sizes[0], sizes[1], sizes[2]
+
+    def _check(self, full: int) -> None:
+        if full:
+            raise MemoryError(f"no page is left: {self.pages_used} of {PAGE_TOKENS} tokens are in use")

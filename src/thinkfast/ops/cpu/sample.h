@@ -45,35 +45,51 @@ static inline void filter(const float* logits, int vocab, const Draw& how, std::
     for (int i = 0; i < kept; i++) weights[ids[i]] = 0.0;
 }
 
+constexpr int kStretch = 256;  // weights that are summed up together
+
+static inline double sum(v8d x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+static inline double total_of(const double* weights) {
+    v8d even = v8d{}, odd = v8d{}, x;
+    for (int i = 0; i < kStretch; i += 16) {
+        std::memcpy(&x, weights + i, sizeof x);
+        even += x;
+        std::memcpy(&x, weights + i + 8, sizeof x);
+        odd += x;
+    }
+    return sum(even + odd);
+}
+
 // Returns the token and its log-probability under softmax(logits); -1 where the logits hold a NaN or no finite maximum.
-// Writes behind the logits, up to a multiple of 8.
+// Writes behind the logits, up to a multiple of kLanes.
 static inline int draw(float* logits, int vocab, const Draw& how, uint64_t key, uint64_t counter,
                        std::vector<double>& weights, std::vector<int>& ids, double* logprob) {
-    int padded = round_up(vocab, 8);
+    int padded = round_up(vocab, kLanes), stretches = (vocab + kStretch - 1) / kStretch;
     std::fill(logits + vocab, logits + padded, -INFINITY);
-    v8 tops = load(logits);
-    v8i broken = tops != tops;
-    for (int i = 8; i < padded; i += 8) {
-        v8 x = load(logits + i);
+    vec tops = load(logits);
+    auto broken = tops != tops;
+    for (int i = kLanes; i < padded; i += kLanes) {
+        vec x = load(logits + i);
         broken |= x != x;
         tops = larger(x, tops);
     }
     float top = largest(tops);
     *logprob = NAN;
     bool bad = !std::isfinite(top);
-    for (int i = 0; i < 8; i++) bad |= broken[i] != 0;
+    for (int i = 0; i < kLanes; i++) bad |= broken[i] != 0;
     if (bad) return -1;
-    weights.resize(padded);
-    // A place behind the end adds at most 1e-304, far below the rounding of a sum that holds a one.
+    weights.assign((size_t)stretches * kStretch, 0.0);
     auto exponentials = [&](double inverse) {
-        v4d total = splat(0.0);
-        for (int i = 0; i < padded; i += 4) {
-            v4d x = __builtin_convertvector(load<v4>(logits + i), v4d);
-            x = exp_negative((x - splat((double)top)) * splat(inverse));
-            std::memcpy(&weights[i], &x, sizeof x);
-            total += x;
+        double total = 0.0;
+        for (int s = 0; s < stretches; s++) {
+            int end = std::min(padded, (s + 1) * kStretch);
+            for (int i = s * kStretch; i < end; i += 8) {
+                v8d x = exp_negative((__builtin_convertvector(load<v8>(logits + i), v8d) - (double)top) * inverse);
+                std::memcpy(&weights[i], &x, sizeof x);
+            }
+            total += total_of(&weights[(size_t)s * kStretch]);
         }
-        return (total[0] + total[1]) + (total[2] + total[3]);
+        return total;
     };
     double normaliser = exponentials(1.0);
     int chosen = 0;
@@ -84,13 +100,20 @@ static inline int draw(float* logits, int vocab, const Draw& how, uint64_t key, 
         if (how.top_k > 0 || how.top_p < 1.0) {
             filter(logits, vocab, how, weights, ids);
             total = 0.0;
-            for (int i = 0; i < vocab; i++) total += weights[i];
+            for (int s = 0; s < stretches; s++) total += total_of(&weights[(size_t)s * kStretch]);
         }
-        double target = uniform(key, counter) * total, reached = 0.0;
-        for (int i = 0; i < vocab; i++) {
+        double target = uniform(key, counter) * total, reached = 0.0, before = 0.0;
+        int stretch = 0;
+        for (int s = 0; s < stretches && reached <= target; s++) {
+            double next = reached + total_of(&weights[(size_t)s * kStretch]);
+            if (next > reached) stretch = s, before = reached;
+            reached = next;
+        }
+        // Rounding may leave the target behind the last weight: then the last token that has one is taken.
+        reached = before;
+        for (int i = stretch * kStretch; i < std::min(vocab, (stretch + 1) * kStretch) && reached <= target; i++) {
             if (weights[i] > 0.0) chosen = i;
             reached += weights[i];
-            if (reached > target) break;
         }
     }
     *logprob = (double)logits[chosen] - (double)top - std::log(normaliser);

@@ -1,0 +1,27 @@
+"""Makes `lm_eval --model thinkfast` known to evaluation harnesses that look for no plug-ins themselves.
+
+Newer harnesses find the model by the entry point `lm_eval.models` and need none of this. Released ones (0.4.13 is the
+newest) load nothing from other packages, but they load torch, and torch calls the entry points `torch.backends` of all
+installed packages. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns that off.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+NAME, MODEL = "thinkfast", "thinkfast.harness:ThinkfastLM"
+
+
+def register() -> None:
+    """In a process of the harness, puts the model in its registry by name, without importing it; does nothing in any
+    other. It must not fail whatever harness is there: torch could not be imported then."""
+    if "lm_eval" not in sys.modules:
+        return
+    try:
+        importlib.import_module("lm_eval.models")  # the registry fills itself only while it is empty
+        registry = importlib.import_module("lm_eval.api.registry").model_registry
+    except (ImportError, AttributeError):
+        return  # older than 0.4.10: another registry
+    if NAME not in registry:
+        registry.register(NAME, target=MODEL)

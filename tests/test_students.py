@@ -1,0 +1,234 @@
+"""Every stage of a recipe on a tiny teacher: in any order, resumable, and what each leaves on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from thinkfast import progress, records, students
+from thinkfast.data.corpus import Corpus, Cursor
+from thinkfast.errors import BadInput
+from thinkfast.model.checkpoint import load_model
+from thinkfast.ranking import rank_layers
+from thinkfast.recipe import Recipe, parse_recipe
+from thinkfast.sections import Watching
+from thinkfast.stages import Stages, make_corpus
+from thinkfast.students import make_base, make_student
+
+SHORT = {"tokens": 2000, "lr": 1e-3, "batch_tokens": 512, "save_every": 2}
+
+
+def recipe(teacher: Path, **changes: Any) -> Recipe:
+    raw: dict[str, Any] = {
+        "teacher": {"path": str(teacher)},
+        "problems": {"count": 4, "levels": [1]},
+        "corpus": {"problems": 40, "levels": [1], "held_out": 8},
+        "matrices": SHORT,
+        "align": SHORT,
+        "distill": SHORT,
+        "sft": SHORT,
+        "on_policy": {**SHORT, "prompts": 4, "max_tokens": 16, "slots": 4, "share": 0.7},
+        "student": [{"name": "student"}],
+        "sample": {"n": 2, "seconds": 30, "max_tokens": 16, "slots": [4], "trial_seconds": 0.05},
+        "compare": {"grid": {"first": 0.0005, "last": 0.01, "points": 5}, "ks": [1, 2]},
+    }
+    return parse_recipe({**raw, **changes}, "test")
+
+
+def student_of(given: Recipe, out: Path, watch: Watching = Watching(answers=0)) -> Path:  # noqa: B008 - it is frozen
+    stages, source = Stages(lambda _: None), Path(given.teacher.path)
+    corpus = make_corpus(given.corpus, source, out / "corpus", stages)
+    base = None
+    if given.base is not None:
+        base = make_base(given.base, source, corpus, 8, out / "base", stages, watch)
+    for student in given.student:
+        make_student(student, source, corpus, 8, out / student.name, stages, watch, base)
+    return out / given.student[0].name
+
+
+def stages_of(directory: Path) -> list[str]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return list(dict.fromkeys(row["stage"] for row in rows))
+
+
+def losses(directory: Path) -> list[tuple[str, int, float]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(row["stage"], row["step"], row["loss"]) for row in rows]
+
+
+def test_stages_run_in_the_order_of_the_recipe(tiny_teacher: Path, tmp_path: Path) -> None:
+    order = ["sft", "matrices", "on_policy", "align", "distill"]
+    given = recipe(tiny_teacher, student=[{"name": "student", "attention": [1], "stages": order}])
+    directory = student_of(given, tmp_path, Watching(answers=2))
+    assert stages_of(directory) == order
+    notes = (records.read_record(directory) or {})["notes"]
+    assert notes["train"].keys() == set(order)
+    assert notes["matrix_error"].keys() == notes["align_error"].keys() == {"0"}
+    answers = [json.loads(line) for line in (directory / "answers.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in answers} == set(order)
+    assert len({(row["stage"], row["step"], row["prompt"]) for row in answers}) == len(answers)
+    assert not list(directory.glob("*.state"))
+    load_model(directory)
+
+
+def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    student = {"name": "student", "stages": ["align", "on_policy", "sft"]}
+    given = recipe(tiny_teacher, student=[student])
+    whole = student_of(given, tmp_path / "whole")
+    wanted, shown = losses(whole), students._shown
+
+    class Cut(Exception):
+        pass
+
+    for place in range(2, len(wanted), 3):
+        seen = []
+
+        def cut(update, seen=seen, place=place):
+            def show(*row):
+                seen.append(row)
+                if len(seen) == place:
+                    raise Cut
+
+            return show
+
+        monkeypatch.setattr(students, "_shown", cut)
+        try:
+            student_of(given, tmp_path / "cut")
+        except Cut:
+            pass
+        else:
+            break
+    monkeypatch.setattr(students, "_shown", shown)
+    resumed = student_of(given, tmp_path / "cut")
+    assert losses(resumed) == wanted
+    mine, theirs = load_model(whole).state_dict(), load_model(resumed).state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_students_of_one_base_share_its_mixers_and_alignment(tiny_teacher: Path, tmp_path: Path) -> None:
+    kept = [{"name": f"keep-{i}", "start": "base", "attention": [i], "stages": ["distill"]} for i in (0, 1)]
+    given = recipe(tiny_teacher, base={"stages": ["matrices", "align"]}, student=kept, distill={**SHORT, "tokens": 0})
+    student_of(given, tmp_path)
+    assert stages_of(tmp_path / "base") == ["matrices", "align"]
+    base, first = load_model(tmp_path / "base"), load_model(tmp_path / "keep-0")
+    assert torch.equal(first.layers[1].mixer.in_proj.weight, base.layers[1].mixer.in_proj.weight)
+    teacher = load_model(tiny_teacher)
+    assert torch.equal(first.layers[0].mixer.q_proj.weight, teacher.layers[0].mixer.q_proj.weight)
+
+
+def test_divergence_keeps_the_model_of_the_last_save(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    from thinkfast.distill import trainer
+
+    honest, calls = trainer.batch_loss, []
+
+    def spoilt(*given: Any) -> Any:
+        calls.append(1)
+        loss = honest(*given)
+        return loss * float("nan") if len(calls) == 5 else loss
+
+    monkeypatch.setattr(trainer, "batch_loss", spoilt)
+    given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["distill"]}])
+    with pytest.raises(records.Failed, match=r"diverged at step 5 .*the model is that of the last saved state"):
+        student_of(given, tmp_path)
+    saved = torch.load(tmp_path / "student" / "distill.state", weights_only=True)
+    assert saved["counters"]["step"] == 4
+    model = load_model(tmp_path / "student").state_dict()
+    assert all(torch.equal(model[name], saved["model"][name]) for name in model)
+
+
+def test_a_round_holds_the_students_answers_to_prompts_of_the_corpus(tiny_teacher: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_teacher)
+    corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
+    model, settings = load_model(tiny_teacher), given.student[0].on_policy
+    source, _ = students._answered(model, corpus, settings, tmp_path / "rounds")
+    stream, cursors = source(Cursor(0)), []
+    while len(cursors) < 12:
+        cursors.append(next(stream)[1])
+    drawn = Corpus(tmp_path / "rounds" / "00000")
+    own = [corpus.document(index) for index in range(len(corpus))]
+    prompts = {tuple(prompt): completion for prompt, completion in own}
+    documents = [drawn.document(index) for index in range(len(drawn))]
+    assert all(tuple(prompt) in prompts for prompt, _ in documents)
+    changed = [completion != prompts[tuple(prompt)] for prompt, completion in documents]
+    assert any(changed)
+    assert all(len(completion) <= 17 for (_, completion), new in zip(documents, changed, strict=True) if new)
+    assert cursors[-1].epoch > 0
+    # From any cursor the same batches follow, also in a round that is on disk already.
+    again = source(cursors[4])
+    for _ in range(3):
+        batch, cursor = next(again)
+        assert cursor in cursors
+    assert batch.input_ids.dtype == torch.int64
+
+
+def test_on_policy_answers_have_to_fit(tiny_teacher: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_teacher, on_policy={**SHORT, "max_tokens": 5000})
+    corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
+    with pytest.raises(BadInput, match="max_tokens 5000: with the longest prompt that is"):
+        students._answered(load_model(tiny_teacher), corpus, given.student[0].on_policy, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["uniform", "kl", "kl-trained", "answers"])
+def test_layers_are_ranked_and_a_student_reads_it(tiny_teacher: Path, tmp_path: Path, method: str) -> None:
+    given = recipe(tiny_teacher, base={"stages": ["align"]})
+    document = rank_layers(given, method, tmp_path / "ranks", lambda _: None)
+    assert document == records.read_json(tmp_path / "ranks" / "ranking.json")
+    assert document["choices"].keys() == {"1"}
+    if method != "uniform":
+        scores = {int(layer): score for layer, score in document["scores"].items()}
+        best = max(scores, key=scores.get) if method == "answers" else min(scores, key=scores.get)
+        assert document["order"][0] == best or len(set(scores.values())) == 1
+    ranking = str(tmp_path / "ranks" / "ranking.json")
+    reading = {"name": "student", "ranking": ranking, "keep": 1, "stages": ["distill"]}
+    model = load_model(student_of(recipe(tiny_teacher, student=[reading]), tmp_path / "run"))
+    kept = [index for index, kind in enumerate(model.config.layer_types) if kind == "attention"]
+    assert kept == document["choices"]["1"]
+
+
+def test_untrained_scores_are_the_divergence_with_one_layer_restored(tiny_teacher: Path, tmp_path: Path) -> None:
+    from thinkfast.distill.trainer import evaluate_kl
+
+    document = rank_layers(recipe(tiny_teacher), "kl", tmp_path, lambda _: None)
+    teacher, base = load_model(tiny_teacher), load_model(tmp_path / "base")
+    base.layers[1] = teacher.layers[1]
+    corpus = Corpus(tmp_path / "corpus")
+    unseen = corpus.slice(len(corpus) - 8, len(corpus))
+    assert document["scores"]["1"] == pytest.approx(evaluate_kl(teacher, base, unseen), rel=1e-4)
+
+
+def test_an_unknown_method_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="method is 'best', expected one of uniform, kl, kl-trained, answers"):
+        rank_layers(recipe(tiny_teacher), "best", tmp_path)
+
+
+def test_tensorboard_gets_every_row(tiny_teacher: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'track' (tensorboard) is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["distill"]}])
+    directory = student_of(given, tmp_path, Watching(answers=0, tensorboard=True))
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("distill/loss")]
+    wanted = [(step, loss) for _, step, loss in losses(directory)]
+    assert [step for step, _ in logged] == [step for step, _ in wanted]
+    assert np.allclose([value for _, value in logged], [value for _, value in wanted])
+
+
+def test_without_tensorboard_there_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    from thinkfast.distill.track import track
+
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match=r"TensorBoard is not installed, expected pip install 'thinkfast\[track\]'"):
+        track(tmp_path)
+
+
+def test_progress_is_shown(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    told: list[str] = []
+    honest = progress.bar
+    monkeypatch.setattr(progress, "bar", lambda title, total: (told.append(title), honest(title, total))[1])
+    student_of(recipe(tiny_teacher, student=[{"name": "student", "stages": ["align"]}]), tmp_path)
+    assert told == ["student: align"]
