@@ -151,10 +151,11 @@ def downloads(run: Run) -> dict[str, Markup]:
     import pyarrow.csv
     import pyarrow.parquet
 
+    empty: Values = [None] * max(len(run.curves.seconds), len(run.curves.k))
     rows = [
         {"axis": axis, "x": float(x[i]), "model": model, "measure": metric}
         | {name: getattr(curve, name)[i] for name in ("mean", "low", "high")}
-        | {"samples": table[model].samples[i] if table[model].samples else None}
+        | {"samples": (table[model].samples or empty)[i]}
         for axis, table, x in (
             ("seconds", run.curves.by_time, run.curves.seconds),
             ("k", run.curves.by_k, run.curves.k),
