@@ -61,7 +61,7 @@ harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on t
 load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, memory, throughput
 	$(BIN)/python benchmarks/serve_load.py bundled --out benchmarks/results/serve-load.json
 
-bench-scale: $(VENV)/.demo-installed  ## rewards, adaptive sampling and the planner on the samples of `make demo`
+bench-scale: $(VENV)/.demo-installed  ## live adaptive sampling, a verifier, the planner, retention with the models of `make demo`
 	$(BIN)/python scripts/bench_scale.py runs/demo --out benchmarks/results/scale
 
 package: $(VENV)/.dev-installed  ## wheel and sdist in dist/, checked
