@@ -32,7 +32,7 @@ bench: $(VENV)/.dev-installed  ## decoding and feeding prompts, ours and transfo
 	$(BIN)/thinkfast bench runs/bench/pure --batches 128 --contexts 128,512,2048,8192 --out $(RESULTS)/decode-flat.json
 	$(BIN)/thinkfast bench bundled --batches 128 --contexts 1000 --backends native,transformers --out $(RESULTS)/decode-transformers.json
 	$(BIN)/thinkfast bench bundled runs/bench/pure --batches 64 --contexts 600 --shared 0,512 --prompts 512 --out $(RESULTS)/decode-shared.json
-	$(BIN)/thinkfast bench $(SHAPE) $(SHAPE)-hybrid $(SHAPE)-pure --batches 32 --contexts 256,1000 --out $(RESULTS)/decode-135m.json
+	$(BIN)/thinkfast bench $(SHAPE) $(SHAPE)-hybrid $(SHAPE)-pure --batches 32 --contexts 512 --out $(RESULTS)/decode-135m.json
 	$(BIN)/python benchmarks/compile_or_cpp.py bundled runs/bench/pure --out $(RESULTS)/compile-or-cpp.json
 
 compat: $(VENV)/.dev-installed  ## exports in transformers 5.16 and 4.57, each in an environment of its own
