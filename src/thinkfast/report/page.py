@@ -151,7 +151,6 @@ def downloads(run: Run) -> dict[str, Markup]:
     import pyarrow.csv
     import pyarrow.parquet
 
-    empty: Values = [None] * max(len(run.curves.seconds), len(run.curves.k))
     rows = [
         {"axis": axis, "x": float(x[i]), "model": model, "measure": metric}
         | {name: getattr(curve, name)[i] for name in ("mean", "low", "high")}
