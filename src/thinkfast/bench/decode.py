@@ -254,4 +254,3 @@ def _prefills(
         share = rate * prefill_flops(models[model].config, length) / limits.gemm
         rows.append(Prefill(label, runner.name, together[label], length, rate, share, forks, (one + rest) / one))
     return rows
-

@@ -15,7 +15,9 @@ PREFIX = "random:"
 _LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
-def _shape(vocab: int, hidden: int, inter: int, heads: int, kv: int, dim: int, layers: int, theta: float, limit: int) -> DecoderConfig:
+def _shape(
+    vocab: int, hidden: int, inter: int, heads: int, kv: int, dim: int, layers: int, theta: float, limit: int
+) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -50,7 +52,9 @@ def random_config(name: str) -> DecoderConfig:
                 kept = every(config.num_layers, stride) if stride else ()
                 return config if stride is None else LayerPlan(attention=kept).student_config(config)
     near = difflib.get_close_matches(name, NAMES, 1)
-    raise BadInput(f"{name}: no such shape, " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(NAMES)}"))
+    raise BadInput(
+        f"{name}: no such shape, " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(NAMES)}")
+    )
 
 
 def random_model(name: str) -> Decoder:
