@@ -19,6 +19,7 @@ from thinkfast.sections import Compute, Student, Watching
 from thinkfast.stages import (
     Say,
     Stages,
+    check_tokenizer,
     copy_teacher,
     layer_plan,
     make_corpus,
@@ -119,8 +120,8 @@ def distill_model(
     _require_files(text.path)
     text_sources(text)
     with _alone_or_together(out, say) as stages:
-        recipe = Recipe(teacher=Teacher(path=str(teacher)), student=(student,), compute=compute)
-        forecast.check_here(recipe)
+        check_tokenizer(teacher_dir, lambda line: print(line, file=sys.stderr))
+        forecast.check_here(Recipe(teacher=Teacher(path=str(teacher)), student=(student,), compute=compute))
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
         make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages, watch, compute=compute)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]
@@ -149,6 +150,7 @@ def distill_students(recipe: Recipe, out: Path) -> dict[str, Any]:
     teacher_dir, held_out = teacher_directory(recipe.teacher.path), recipe.corpus.held_out
     watch, how = recipe.watch, recipe.compute
     with _alone_or_together(out, print) as stages:
+        check_tokenizer(teacher_dir, lambda line: print(line, file=sys.stderr))
         forecast.check_here(recipe)
         corpus, base = make_corpus(recipe.corpus, teacher_dir, out / "corpus", stages), None
         if recipe.base is not None:
