@@ -168,7 +168,7 @@ def _draw(
     if workers:
         source = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers, over)
     elif backend != endpoints.AUTO:
-        source = endpoints.open_endpoint(backend, model_dir, prompts, settings.n, params, settings.slots[0])
+        source = endpoints.open_endpoint(backend, model_dir, prompts, settings.n, params, settings.slots[0], over)
     else:
         source = _in_process(model_dir, prompts, params, settings, run, over, draft)
     with source as stream, _Writer(run, row, before.seconds) as writer:
