@@ -51,21 +51,30 @@ class Completion:
 
 
 def open_endpoint(
-    name: str, model_dir: Path, prompts: Prompts, n: int, params: SamplingParams, slots: int
+    name: str,
+    model_dir: Path,
+    prompts: Prompts,
+    n: int,
+    params: SamplingParams,
+    slots: int,
+    dropped: Collection[int] = (),
 ) -> AbstractContextManager[Stream]:
-    """The back end of that name: "transformers", "vllm" or the address of a server. Raises BadInput for another."""
+    """The back end of that name: "transformers", "vllm" or the address of a server. Raises BadInput for another.
+
+    dropped: prompts of which no more samples are started; may grow meanwhile.
+    """
     if name == TRANSFORMERS:
-        return transformers_endpoint(model_dir, prompts, n, params, slots)
+        return transformers_endpoint(model_dir, prompts, n, params, slots, dropped)
     if name == VLLM:
-        return vllm_endpoint(model_dir, prompts, n, params, slots)
+        return vllm_endpoint(model_dir, prompts, n, params, slots, dropped)
     if name.startswith(("http://", "https://")):
-        return http_endpoint(name, model_dir.resolve().name, prompts, n, params, slots)
+        return http_endpoint(name, model_dir.resolve().name, prompts, n, params, slots, dropped)
     raise BadInput(f"backend is {name!r}, expected auto, transformers, vllm or an address that begins with http://")
 
 
 @contextmanager
 def transformers_endpoint(
-    model_dir: Path, prompts: Prompts, n: int, params: SamplingParams, slots: int
+    model_dir: Path, prompts: Prompts, n: int, params: SamplingParams, slots: int, dropped: Collection[int]
 ) -> Iterator[Stream]:
     """`generate` of the stock model, `slots` samples a batch; all samples of a batch end with its last one."""
     try:
@@ -103,7 +112,7 @@ def transformers_endpoint(
                 self.running &= ~torch.tensor([int(token) in eos for token in tokens])
 
     def stream(skip: Collection[Pair], start: float, deadline: float) -> Iterator[tuple[int, int, Sample]]:
-        rounds, origin = Rounds(len(prompts), n, skip), time.monotonic() - start
+        rounds, origin = Rounds(len(prompts), n, skip, dropped), time.monotonic() - start
         while pairs := list(islice(rounds, slots)):
             began = time.monotonic() - origin
             if began >= deadline:
@@ -140,7 +149,9 @@ def transformers_endpoint(
 
 
 @contextmanager
-def vllm_endpoint(model_dir: Path, prompts: Prompts, n: int, params: SamplingParams, slots: int) -> Iterator[Stream]:
+def vllm_endpoint(
+    model_dir: Path, prompts: Prompts, n: int, params: SamplingParams, slots: int, dropped: Collection[int]
+) -> Iterator[Stream]:
     """vLLM in this process, with prefix caching, `slots` samples at a time."""
     try:
         import vllm
@@ -164,7 +175,7 @@ def vllm_endpoint(model_dir: Path, prompts: Prompts, n: int, params: SamplingPar
         engine.add_request(f"{problem}:{index}", {"prompt_token_ids": list(prompts[problem])}, how)
 
     def stream(skip: Collection[Pair], start: float, deadline: float) -> Iterator[tuple[int, int, Sample]]:
-        rounds, origin = Rounds(len(prompts), n, skip), time.monotonic() - start
+        rounds, origin = Rounds(len(prompts), n, skip, dropped), time.monotonic() - start
         began: dict[str, float] = {}
         latest: dict[str, Any] = {}
 
@@ -201,7 +212,13 @@ def vllm_endpoint(model_dir: Path, prompts: Prompts, n: int, params: SamplingPar
 
 @contextmanager
 def http_endpoint(
-    address: str, name: str, prompts: Prompts, n: int, params: SamplingParams, slots: int
+    address: str,
+    name: str,
+    prompts: Prompts,
+    n: int,
+    params: SamplingParams,
+    slots: int,
+    dropped: Collection[int],
 ) -> Iterator[Stream]:
     """`slots` requests at a time to /v1/completions, one sample each; what runs at the deadline is given up.
 
@@ -221,7 +238,7 @@ def http_endpoint(
     keys = [prompt_key(params.seed, prompt) for prompt in prompts]
 
     def stream(skip: Collection[Pair], start: float, deadline: float) -> Iterator[tuple[int, int, Completion]]:
-        rounds, origin = Rounds(len(prompts), n, skip), time.monotonic() - start
+        rounds, origin = Rounds(len(prompts), n, skip, dropped), time.monotonic() - start
         inbox: queue.SimpleQueue[tuple[int, int, Completion] | BaseException | None] = queue.SimpleQueue()
         turn, over = threading.Lock(), threading.Event()
 
