@@ -267,7 +267,7 @@ def bench_models(models: Sequence[Path], settings: Bench) -> dict[str, Any]:
 
 def bench_file(models: Sequence[Path], settings: Bench, out: Path | None) -> dict[str, Any]:
     """`bench_models`, told as a table and stored in `out` where given, with a figure beside it."""
-    document = bench_models(models, settings)
+    document = {"command": " ".join(["thinkfast", *sys.argv[1:]]), **bench_models(models, settings)}
     for row in document["rows"]:
         place = f"{row['model']:<12} batch {row['batch']:>4}  context {row['context']:>5}"
         place += f" ({row['shared']} shared)" if row["shared"] else ""
