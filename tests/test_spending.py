@@ -198,5 +198,6 @@ def test_open_ended_prompts_have_best_of_n_curves(
     best = [max(r.reward for r in rewards if r.problem_id == str(n)) for n in range(1, 5)]
     assert found["by_time"]["drawn"]["reward"]["mean"][-1] == pytest.approx(sum(best) / 4)
     assert found["by_k"]["drawn"]["reward"]["mean"][-1] == pytest.approx(sum(best) / 4)
-    assert found["by_k"]["drawn"]["reward"]["mean"] == sorted(found["by_k"]["drawn"]["reward"]["mean"])
+    one, two, four = found["by_k"]["drawn"]["reward"]["mean"]
+    assert one <= two + 1e-9 <= four + 2e-9
     assert (found["in_the_clock"], len(found["dollars"])) == (["sampling", "rewards"], 40)

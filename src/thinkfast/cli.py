@@ -234,9 +234,15 @@ def report(
 
 @app.command()
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="Model directories, run directories, or 'bundled'.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="Model or run directories, 'bundled', or shapes such as random:smollm2-135m-pure."),
+    ],
     batches: Annotated[str, typer.Option(help="Completions decoded at once.")] = "1,16,128",
     contexts: Annotated[str, typer.Option(help="Tokens behind each of them.")] = "64,256,1000",
+    backends: Annotated[str, typer.Option(help="Of auto, native, torch, transformers, llama.cpp.")] = "auto",
+    shared: Annotated[str, typer.Option(help="How many of those tokens are one prompt for all.")] = "0",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts to feed, none by default.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="A file for the document; RUN/bench.json goes into RUN's report.")
     ] = None,
@@ -246,7 +252,9 @@ def bench(
     from thinkfast import pipeline
     from thinkfast.recipe import Bench, section
 
-    settings = section(Bench, {"batches": numbers(batches), "contexts": numbers(contexts)})
+    asked = {"batches": batches, "contexts": contexts, "shared": shared, "prompts": prompts}
+    given = {name: numbers(text) if text else () for name, text in asked.items()}
+    settings = section(Bench, {**given, "backends": tuple(backends.split(","))})
     finish(pipeline.bench_file(models, settings, out), json_)
 
 

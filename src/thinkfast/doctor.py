@@ -131,12 +131,23 @@ def _gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return Finding(
-            "gpu", True, f"{torch.cuda.get_device_name()}; models on it decode in torch, without own kernels"
-        )
+        return _gpu_kernels(torch.cuda.get_device_name())
     if torch.version.cuda is None and torch.version.hip is None:
         return Finding("gpu", None, f"off: torch {torch.__version__} is built without CUDA")
     return Finding("gpu", None, "off: torch has CUDA but finds no device or no driver")
+
+
+def _gpu_kernels(name: str) -> Finding:
+    try:
+        from thinkfast.ops.triton.check import check_step
+
+        wrong = check_step(2, 4, 2, 16, 16, device="cuda")
+    except Exception as error:  # noqa: BLE001 - a compiler or driver may fail in any way, and torch still decodes
+        words = " ".join(str(error).split()) or type(error).__name__
+        return Finding(
+            "gpu", False, f"{name}; models on it decode in torch, which is slower: no Triton kernels: {words}"
+        )
+    return Finding("gpu", wrong < TOLERANCE, f"{name}; Triton kernels run, relative error {wrong:.1e}")
 
 
 def _extra(name: str, packages: list[str]) -> Finding:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs the package triton: the extra gpu")
 
+from thinkfast.engine.backends import open_backend
 from thinkfast.engine.engine import Engine
 from thinkfast.engine.gpu import AHEAD, GpuBackend
 from thinkfast.engine.sampling import Sample, SamplingParams, sample_key
 from thinkfast.engine.slots import SlotTable
-from thinkfast.model.config import MambaConfig
+from thinkfast.errors import BadInput
+from thinkfast.model.config import DISCRETE, MambaConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 A, M = "attention", "mamba"
@@ -117,3 +121,37 @@ def test_a_broken_sample_leaves_the_others_alone(small) -> None:
     assert tuple(tokens[:, 0].tolist()) == want.token_ids
     assert (tokens[:, 1] == -1).all()
     assert np.isnan(logprobs[:, 1]).all()
+
+
+def test_by_name(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("attention").to(DEVICE)
+    assert open_backend(model, "triton").name == "triton"
+    assert open_backend(model).name == ("triton" if DEVICE == "cuda" else open_backend(model).name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BadInput, match="backend 'triton' needs a model on a gpu"):
+        open_backend(make_model("attention"), "triton")
+
+
+def test_a_mixer_without_a_kernel_is_refused_by_name(make_model) -> None:
+    model = make_model("pure", mamba=MambaConfig(4, 8, 16, 4, kind=DISCRETE)).to(DEVICE)
+    with pytest.raises(BadInput, match="backend 'triton': there is no kernel for DiscreteMamba2"):
+        open_backend(model, "triton")
+
+
+def test_bursts_end_with_what_the_rows_need_and_with_the_time(small) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    memory = GpuBackend(small).memory(1, 8)
+    table = SlotTable(1, params, small.config.vocab_size, ())
+    memory.fork(memory.prefill([[]])[0], 0)
+    table.admit(0, (0, 0), 6, 0, 0, 0.0)
+    rows = np.zeros(1, np.int32)
+    assert len(memory.ahead(table, rows, math.inf)[0]) == 1  # nothing is known of the pace yet
+    assert len(memory.ahead(table, rows, math.inf)[0]) == 3
+    assert len(memory.ahead(table, rows, 0.0)[0]) == 1
+
+
+def test_the_engine_hands_over_whole_bursts(small) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.7, seed=1)
+    engine = Engine(small, 2, "triton")
+    assert engine.backend == "triton"
+    assert_same(engine.sample(PROMPTS, 1, params), Engine(small, 2, "torch").sample(PROMPTS, 1, params))

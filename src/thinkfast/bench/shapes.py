@@ -52,9 +52,8 @@ def random_config(name: str) -> DecoderConfig:
                 kept = every(config.num_layers, stride) if stride else ()
                 return config if stride is None else LayerPlan(attention=kept).student_config(config)
     near = difflib.get_close_matches(name, NAMES, 1)
-    raise BadInput(
-        f"{name}: no such shape, " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(NAMES)}")
-    )
+    told = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(NAMES)}"
+    raise BadInput(f"{name}: no such shape, {told}")
 
 
 def random_model(name: str) -> Decoder:

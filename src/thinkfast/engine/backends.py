@@ -1,17 +1,17 @@
-"""What computes a step: the native kernels, or the decoder itself in torch."""
+"""What computes a step: the native kernels, those for GPUs, or the decoder itself in torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from thinkfast.engine.sampling import draw
-from thinkfast.engine.slots import SlotTable
+from thinkfast.engine.slots import Finished, SlotTable
 from thinkfast.errors import BadInput
 from thinkfast.model.cache import AttentionCache, Cache, new_cache
 from thinkfast.model.config import ATTENTION, MAMBA2
@@ -19,9 +19,10 @@ from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import rope_frequencies
 from thinkfast.ops.cpu.build import BuildError
 from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape
+from thinkfast.ops.triton import runs, usable
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = ("auto", "native", "triton", "torch")
 Drawn = tuple[NDArray[np.int32], NDArray[np.float64]]
 
 
@@ -42,6 +43,24 @@ class Memory(Protocol):
 
         `logits` (rows, vocab), where given, receives the logits.
         """
+
+
+@runtime_checkable
+class Ahead(Protocol):
+    """Memory that takes several steps without the host looking in between."""
+
+    def ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
+        """Tokens and log-probabilities, each (steps, rows), of as many steps as may be made within `seconds`."""
+
+
+def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Iterator[list[Finished]]:
+    """One step of the slots in `rows`, or several at once where the memory can: what each of them ends."""
+    if not isinstance(memory, Ahead):
+        yield table.advance(rows, *memory.step(table, rows))
+        return
+    for tokens, logprobs in zip(*memory.ahead(table, rows, seconds), strict=True):
+        running = table.active[rows]
+        yield table.advance(rows[running], tokens[running], logprobs[running])
 
 
 class Backend(Protocol):
@@ -228,10 +247,11 @@ def _rows_of(kept: Kept) -> Cache:
 
 
 def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto", weights: str = "auto") -> Backend:
-    """`auto` takes the native kernels where the model is on the CPU and they can be compiled, else torch.
+    """`auto` takes the native kernels where the model is on the CPU and they can be compiled, the Triton kernels where
+    it is on a GPU and they are there, else torch.
 
     weights: the native kernels' copy of the matrices, see `NativeBackend`.
-    Raises BadInput for an unknown name, and for "native" where the kernels cannot be had.
+    Raises BadInput for an unknown name, and for "native" or "triton" where the kernels cannot be had.
     """
     if backend not in BACKENDS:
         raise BadInput(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
@@ -242,6 +262,17 @@ def open_backend(model: Decoder, backend: str = "auto", kv_dtype: str = "auto", 
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     if backend == "native" and not on_cpu:
         raise BadInput(f"backend 'native' needs a model on the cpu, this one is on {model.embed_tokens.weight.device}")
+    device = model.embed_tokens.weight.device
+    if backend == "triton" and not runs(device):
+        raise BadInput(f"backend 'triton' needs a model on a gpu and the package triton, this model is on {device}")
+    if backend == "triton" or (backend == "auto" and usable(device)):
+        from thinkfast.engine.gpu import GpuBackend
+
+        try:
+            return GpuBackend(model, kv_dtype)
+        except ValueError as error:
+            if backend == "triton":
+                raise BadInput(f"backend 'triton': {error}") from error
     if backend == "torch" or not on_cpu:
         return TorchBackend(model, kv_dtype)
     try:

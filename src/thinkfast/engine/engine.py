@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from thinkfast.engine.backends import Backend, Memory, open_backend
+from thinkfast.engine.backends import Backend, Memory, decode, open_backend
 from thinkfast.engine.prefill import Desk
 from thinkfast.engine.room import HISTORY_BYTES, Plan, kept_bytes, machine_bytes, plan
 from thinkfast.engine.sampling import DEADLINE, Sample, SamplingParams
@@ -23,8 +23,9 @@ Result = tuple[int, int, Sample]
 class Engine:
     """Draws samples from a decoder.
 
-    slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "torch", or "auto", the first that can
-    be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's dtype in torch.
+    slots: samples decoded at the same time. backend: "native" (C++ on the CPU), "triton" (GPUs), "torch", or "auto",
+    the first that can be had. kv_dtype: "float32", "bfloat16", or "auto": bfloat16 in the native backend, the model's
+    dtype in the others.
     memory: bytes for states, keys and values, weights not counted; of the slots as many are used as fit, and prompts
     whose states do not fit are fed again. Without it, slots that exceed the machine's memory are refused.
     draft: a smaller model of the same vocabulary that guesses tokens ahead, for few slots (`speculative.py`); samples
@@ -50,15 +51,15 @@ class Engine:
         self.slots = slots
         self._budget, self._device = memory, model.embed_tokens.weight.device
         opened: Backend = open_backend(model, "torch" if draft and backend == "auto" else backend, kv_dtype)
-        if draft is not None and opened.name == "native":
-            raise BadInput("backend is 'native', expected 'auto' or 'torch' with a draft")
+        if draft is not None and opened.name != "torch":
+            raise BadInput(f"backend is {opened.name!r}, expected 'auto' or 'torch' with a draft")
         self._backend = opened if draft is None else SpeculativeBackend(model, draft, kv_dtype)
         self._configs = [model.config] if draft is None else [model.config, draft.config]
         self._memory: Memory | None = None
 
     @property
     def backend(self) -> str:
-        """The name of what computes: "native", "torch" or "speculative"."""
+        """The name of what computes: "native", "triton", "torch" or "speculative"."""
         return self._backend.name
 
     def sample(
@@ -176,10 +177,10 @@ class Engine:
                         yield *table.pair[slot], table.sample(slot, DEADLINE, now)
                     return
                 if len(rows):
-                    finished = table.advance(rows, *memory.step(table, rows))
-                    now = clock()
-                    for done in finished:
-                        yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
+                    for finished in decode(memory, table, rows, until - now):
+                        now = clock()
+                        for done in finished:
+                            yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
                 elif desk.done:
                     return
         finally:

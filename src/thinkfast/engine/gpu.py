@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from thinkfast.ops.triton.pointwise import add_norm, swiglu
 from thinkfast.ops.triton.sampling import Streams, draw
 
 RING = 8
-AHEAD = 8
+AHEAD = 16
 """Steps that one burst takes without the host looking at their tokens."""
 PROGRAMS = 1056
 """Programs that fill the largest GPUs, eight for each of 132 multiprocessors: below that, attention is split."""
@@ -127,11 +128,17 @@ class GpuMemory:
             elif config.mamba is not None:
                 sizes = (config.mamba.head_dim, config.mamba.d_state, backend.ring)
                 self._states[index] = new_states(slots + 1, layer.step, *sizes, backend.state_dtype, layer.first.dtype)
-        self._turns = _turns(backend.model, capacity) if self._kv else None
-        self._kept: list[Kept | None] = [None] * slots
+        # A row that ends within a burst runs on to its end.
+        self._turns = _turns(backend.model, capacity + AHEAD) if self._kv else None
+        self._before = np.zeros(slots, np.int64)
+        self._prompt = np.full(slots, -1, np.int64)  # the key in `_prompts` of what a slot was forked from
+        self._prompts: dict[int, Kept] = {}
         self._waiting: dict[int, Kept] = {}
         self._rows: dict[int, _Rows] = {}
+        self._pace = 0.0
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        # One room for all graphs: they never run at the same time, and what they leave is copied out.
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
@@ -151,8 +158,13 @@ class GpuMemory:
     def fork(self, kept: Kept, slot: int) -> None:
         """Copies a kept state into a slot; its keys and values are only referred to."""
         _cache_of(kept)
-        self._kept[slot] = self._waiting[slot] = kept
+        old = int(self._prompt[slot])
+        self._before[slot], self._prompt[slot] = kept.length, id(kept)
+        self._prompts[id(kept)] = self._waiting[slot] = kept
+        if not (self._prompt == old).any():
+            self._prompts.pop(old, None)
 
+    @torch.inference_mode()
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
         """Feeds the tokens of the slots in `rows` and draws the next ones; -1 where the logits are not finite."""
         if logits is not None:
@@ -161,6 +173,16 @@ class GpuMemory:
             held.tick.zero_()
         tokens, logprobs = self.burst(table, rows, 1)
         return tokens[0], logprobs[0]
+
+    def ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
+        """As many steps as may be made within `seconds`, at least one and at most AHEAD, and none that no row needs."""
+        left = max(table.params[slot].max_tokens - int(table.count[slot]) for slot in rows.tolist())
+        in_time = seconds / self._pace if self._pace else 1.0
+        steps = int(max(min(AHEAD, left, in_time), 1))
+        start = time.perf_counter()
+        drawn = self.burst(table, rows, steps)
+        self._pace = (time.perf_counter() - start) / steps
+        return drawn
 
     @torch.inference_mode()
     def burst(self, table: SlotTable, rows: NDArray[np.int32], steps: int = AHEAD) -> Drawn:
@@ -181,36 +203,33 @@ class GpuMemory:
         if size not in self._rows:
             self._rows[size] = self._new_rows(size)
         held = self._rows[size]
-        kept = [self._kept[slot] for slot in rows.tolist()]
-        prefixes = {id(state): state for state in kept if state is not None and state.length}
-        index = {key: at for at, key in enumerate(prefixes)}
         which = np.full(size, -1, np.int64)
-        which[: len(rows)] = [index.get(id(state), -1) for state in kept]
+        which[: len(rows)] = self._prompt[rows]
         order, first, count, shown = share(which)
-        there = list(prefixes.values())
-        lengths = np.array([state.length for state in there] + [0], np.int64)
-        before = np.array([0 if state is None else state.length for state in kept], np.int64)
+        there, at_block = np.unique(shown, return_inverse=True)
+        prompts = [self._prompts.get(key) for key in there.tolist()]
+        lengths = np.array([0 if kept is None else kept.length for kept in prompts], np.int64)
+        position = table.position[rows]
         numbers = np.zeros((len(_Rows.names), size), np.int64)
         numbers[0] = self.slots
-        position, key = table.position[rows], table.key[rows].view(np.int64)
-        columns = (rows, table.token[rows], position, position - before, key, table.count[rows])
-        for at, column in enumerate(columns):
-            numbers[at, : len(rows)] = column
+        columns = (rows, table.token[rows], position, position - self._before[rows], table.key[rows].view(np.int64))
+        for line, column in enumerate((*columns, table.count[rows])):
+            numbers[line, : len(rows)] = column
         heats = np.ones((2, size))
         for params, at in table.groups(rows):
             places = np.arange(len(rows))[at]
             heats[0, places], heats[1, places], numbers[6, places] = params.temperature, params.top_p, params.top_k
-        numbers[7:] = order, first, count, lengths[shown]
+        numbers[7:] = order, first, count, lengths[at_block]
         held.numbers.copy_(torch.from_numpy(numbers))
         held.heats.copy_(torch.from_numpy(heats))
         if self._kv:
-            address = np.zeros((len(self._kv), 2, len(there) + 1), np.int64)
-            for at, state in enumerate(there):
+            address = np.zeros((len(self._kv), 2, len(there)), np.int64)
+            for place, kept in enumerate(prompts):
                 for row, layer in enumerate(self._kv):
-                    cache = _cache_of(state).layers[layer]
+                    cache = None if kept is None else _cache_of(kept).layers[layer]
                     if isinstance(cache, AttentionCache):
-                        address[row, :, at] = cache.keys.data_ptr(), cache.values.data_ptr()
-            held.address.copy_(torch.from_numpy(address[:, :, shown]))
+                        address[row, :, place] = cache.keys.data_ptr(), cache.values.data_ptr()
+            held.address.copy_(torch.from_numpy(address[:, :, at_block]))
         held.tick.zero_()
         return held
 
@@ -268,7 +287,7 @@ class GpuMemory:
             self._draw(held, cut)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._draw(held, cut)
         held.numbers.copy_(numbers)
         held.tick.zero_()
@@ -286,7 +305,6 @@ class GpuMemory:
             held[name].add_(1)
         held.tick.add_(1)
 
-    @torch.inference_mode()
     def _compute(self, held: _Rows) -> Tensor:
         """Logits (rows, vocab) of the next tokens; keys, values and states are brought up to date."""
         model, eps = self.backend.model, self.backend.model.config.rms_norm_eps

@@ -33,12 +33,20 @@ def export_model(source: Path, out: Path, form: str, dtype: str | None, compat: 
 
 
 def plan_model(source: Path, form: str, dtype: str | None) -> tuple[dict[str, Any], str]:
-    """What an export of a model takes in memory, as a document and in words; writes nothing."""
+    """What an export of a model takes in memory, as a document and in words; writes nothing.
+
+    Raises BadInput for an unknown dtype, and for a model that no stock layout expresses.
+    """
     from thinkfast.export.hf import stored_dtype
     from thinkfast.export.memory import WEIGHT_BYTES, plan
     from thinkfast.model.checkpoint import read_config
+    from thinkfast.model.config import MAMBA
+    from thinkfast.model.layout import check_stock
 
     chosen = dtype or ("bfloat16" if form == "gguf" else stored_dtype(source))
     if chosen not in WEIGHT_BYTES:
         raise BadInput(f"dtype is {chosen!r}, expected one of {', '.join(WEIGHT_BYTES)}")
-    return plan(read_config(source), chosen)
+    config = read_config(source)
+    if MAMBA in config.layer_types:
+        check_stock(config)
+    return plan(config, chosen)

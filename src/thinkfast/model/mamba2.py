@@ -33,7 +33,8 @@ from thinkfast.model.mixer import (
     required,
     split_channels,
 )
-from thinkfast.ops.ssd import decayed_matrix, ssd_chunked, ssd_step
+from thinkfast.ops.ssd import decayed_matrix, ssd_step
+from thinkfast.ops.triton import chunked_scan
 
 DT_RANGE = (1e-3, 1e-1)
 A_RANGE = (1.0, 16.0)
@@ -82,7 +83,8 @@ class Mamba2(StateMixer):
             y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, cache.state)
         else:
             held = None if cache is None else cache.state
-            y, state = ssd_chunked(x, dt, A, B, C, D, held, self.shape.chunk_size)
+            scan = chunked_scan(z, max(self.shape.head_dim, self.shape.d_state))
+            y, state = scan(x, dt, A, B, C, D, held, self.shape.chunk_size)
         if cache is not None:
             cache.state.copy_(state)
         out: Tensor = self.out_proj(self.norm(y.reshape(z.shape), z))

@@ -178,23 +178,20 @@ class RewardModel:
         self._device = device
         # The file as it stands: by the model type, AutoTokenizer would put rules of its own over it.
         self._tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model_dir)
+        config = records.read_json(model_dir / "config.json")
+        if len(self._tokenizer) > config.get("vocab_size", math.inf):
+            raise BadInput(f"{model_dir}: the tokenizer has more tokens than the model, it is another model's")
         if self.layout == PREFERENCE:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(model_dir)
             if model.config.num_labels != 1:
                 raise BadInput(f"{model_dir / 'config.json'}: num_labels is {model.config.num_labels}, expected 1")
             self._model: Any = model.eval().to(device)
-            self._check_size(model_dir)
             return
         kind = LAYOUTS[self.layout].head
         auto = transformers.AutoModelForCausalLM if kind == "language" else transformers.AutoModel
         self._model = auto.from_pretrained(model_dir).eval().to(device)
         self._head = None if kind == "language" else _head(model_dir, kind, device)
-        self._check_size(model_dir)
         self._check_marks(model_dir)
-
-    def _check_size(self, model_dir: Path) -> None:
-        if len(self._tokenizer) > self._model.get_input_embeddings().num_embeddings:
-            raise BadInput(f"{model_dir}: the tokenizer has more tokens than the model, it is another model's")
 
     def _check_marks(self, model_dir: Path) -> None:
         marks = {"math-shepherd": ("ки", "+", "-"), "rlhflow": ("+", "-"), "skywork": ("\n",), "qwen": ("<extra_0>",)}

@@ -87,8 +87,6 @@ def sample_model(
         inputs["draft"] = records.hash_path(draft, records.MODEL_FILES)
     if (backend != endpoints.AUTO) + bool(workers) + (draft is not None) > 1:
         raise BadInput("a backend, workers and a draft were given, expected one of them")
-    if backend != endpoints.AUTO and settings.stop_error is not None:
-        raise BadInput(f"stop_error = {settings.stop_error}: backend {backend!r} cannot stop a problem's samples")
     if (workers or backend != endpoints.AUTO) and len(settings.slots) != 1:
         raise BadInput(f"slots = {list(settings.slots)}: one number is expected when workers or a backend draw")
     with records.locked(out_dir), records.stage(out_dir, name="sample", settings=described, inputs=inputs) as run:
