@@ -23,10 +23,17 @@ lint: $(VENV)/.dev-installed  ## ruff
 types: $(VENV)/.dev-installed  ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo-installed  ## tokens per second of teacher, hybrid and pure student over batch and context
+RESULTS := benchmarks/results
+SHAPE := random:smollm2-135m
+bench: $(VENV)/.dev-installed  ## decoding and feeding prompts, ours and transformers', beside the machine's limit: JSON and figures
 	$(BIN)/thinkfast convert bundled runs/bench/pure >/dev/null
 	$(BIN)/thinkfast convert bundled runs/bench/hybrid --attention 1 >/dev/null
-	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --out benchmarks/results/decode.json
+	$(BIN)/thinkfast bench bundled runs/bench/hybrid runs/bench/pure --batches 128 --contexts 128,1000,4096 --out $(RESULTS)/decode.json
+	$(BIN)/thinkfast bench runs/bench/pure --batches 128 --contexts 128,512,2048,8192 --out $(RESULTS)/decode-flat.json
+	$(BIN)/thinkfast bench bundled --batches 128 --contexts 1000 --backends native,transformers --out $(RESULTS)/decode-transformers.json
+	$(BIN)/thinkfast bench bundled runs/bench/pure --batches 64 --contexts 600 --shared 0,512 --prompts 512 --out $(RESULTS)/decode-shared.json
+	$(BIN)/thinkfast bench $(SHAPE) $(SHAPE)-hybrid $(SHAPE)-pure --batches 32 --contexts 512 --out $(RESULTS)/decode-135m.json
+	$(BIN)/python benchmarks/compile_or_cpp.py bundled runs/bench/pure --out $(RESULTS)/compile-or-cpp.json
 
 compat: $(VENV)/.dev-installed  ## exports in transformers 5.16 and 4.57, each in an environment of its own
 	for version in $(COMPAT); do \
@@ -54,7 +61,7 @@ harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on t
 load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, memory, throughput
 	$(BIN)/python benchmarks/serve_load.py bundled --out benchmarks/results/serve-load.json
 
-bench-scale: $(VENV)/.demo-installed  ## rewards, adaptive sampling and the planner on the samples of `make demo`
+bench-scale: $(VENV)/.demo-installed  ## live adaptive sampling, a verifier, the planner, retention with the models of `make demo`
 	$(BIN)/python scripts/bench_scale.py runs/demo --out benchmarks/results/scale
 
 package: $(VENV)/.dev-installed  ## wheel and sdist in dist/, checked

@@ -22,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -362,7 +363,7 @@ def main() -> int:
     model = stages.teacher_directory(given.model)
     problems = [made.problem for made in generate(11, 64, "held-out", [3, 4])]
     command = [sys.executable, "-m", "thinkfast", "serve", str(model), "--port", "0", "--slots", str(given.slots)]
-    server = Server(command, Path(f"{given.out}.log") if given.out else Path("serve-load.log"))
+    server = Server(command, Path(tempfile.mkdtemp()) / "serve-load.log")
     try:
         measured = asyncio.run(load(server, model, problems, given))
     finally:

@@ -30,7 +30,7 @@ from thinkfast.scale.budget import Table, curves
 from thinkfast.scale.sample import sample_model
 
 PRICE = 2.5  # dollars an hour, an example
-LIVE_PROBLEMS, LIVE_SECONDS, LIVE_N = 200, 75.0, 64
+LIVE_PROBLEMS, LIVE_SECONDS, LIVE_N = 160, 60.0, 64
 STOP_ERROR = 0.2
 TRAINING_PROBLEMS, TRAINING_N = 420, 8
 PILOT = 4
@@ -68,15 +68,14 @@ class Bench:
                 values = {"n": LIVE_N, "seconds": LIVE_SECONDS} | more
                 self.draw(name, self.chosen, self.work / kind / name, **values)
             sources = [self.work / kind / name for kind in ("uniform", "adaptive")]
-            pair = [self.work / "pairs" / name / source.parent.name for source in sources]
-            for link, source in zip(pair, sources, strict=True):
-                link.parent.mkdir(parents=True, exist_ok=True)
-                if not link.exists():
-                    link.symlink_to(source.resolve())
+            tables = {}
+            for source in sources:
+                held, count = spending.read_tables([source], self.fewer)
+                tables[source.parent.name] = held[name]
             last = LIVE_SECONDS / len(self.chosen)
             grid = {"first": last / 15, "last": last, "points": 25}
-            settings = section(Compare, {"baseline": pair[0].name, "grid": grid})
-            found = spending.compare_sources(pair, self.fewer, settings, None)
+            settings = section(Compare, {"baseline": "uniform", "grid": grid})
+            found = results.compare_tables(tables, count, settings)
             stopped = records.read_json(sources[1] / "run.json")["notes"]["stopped"]
             document["models"][name] = {
                 "stopped_problems": stopped,

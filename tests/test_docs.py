@@ -75,6 +75,17 @@ def test_the_tutorial_shrinks_only_what_its_recipe_has() -> None:
         assert key in printed[section] or key == "trial_seconds"
 
 
+def test_the_time_that_the_tutorial_states_was_measured_on_what_is_printed() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "tutorial.json").read_text())
+    printed = []
+    for language, title, text in FENCE.findall(TUTORIAL):
+        if not title:
+            printed += ["the Python program"] if language == "python" else text.splitlines()
+    assert [step["step"] for step in measured["steps"]] == printed
+    run = max(step["seconds"] for step in measured["steps"])
+    assert f"take {measured['seconds'] / 60:.1f} minutes together, {round(run)} seconds of them the run" in TUTORIAL
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings")):

@@ -74,7 +74,10 @@ def test_the_base_install_is_light() -> None:
     base = names(PROJECT["dependencies"])
     assert len(base) <= 12
     assert not base & HEAVY
-    assert {"data", "ray", "serve", "export", "docs", "dev"} <= set(PROJECT["optional-dependencies"])
+    extras = set(PROJECT["optional-dependencies"])
+    assert {"gpu", "data", "ray", "serve", "track", "export", "dev"} <= extras
+    told = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE))
+    assert told == extras
 
 
 def test_the_command_line_and_the_pipeline_load_no_extra() -> None:

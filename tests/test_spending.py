@@ -169,3 +169,35 @@ def test_two_models_in_one_command_take_turns(
 def test_overlap_is_told(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["overlap", *pair]) == 0
     assert capsys.readouterr().out == f"16 of 16 problems of {pair[0]} stand in {pair[1]}\n"
+
+
+def test_open_ended_prompts_have_best_of_n_curves(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From prompts without answers to curves of the best reward, with a small preference model of the stock layout."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tiny_teacher)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=len(tokenizer), num_labels=1, pad_token_id=0)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"problem": f"Ava has {n} eggs."}) + "\n" for n in range(4)))
+    drawn, scored, curves = tmp_path / "drawn", tmp_path / "scored", tmp_path / "curves.json"
+    command = ["sample", str(tiny_teacher), str(prompts), str(drawn), "--n", "4", "--max-tokens", "8", "--slots", "4"]
+    assert main(command) == 2
+    assert "row 1: answer: expected text" in capsys.readouterr().err
+    assert main([*command, "--open-ended"]) == 0
+    assert main(["reward", str(tmp_path / "judge"), str(drawn), str(scored), "--problems", str(prompts)]) == 0
+    asked = ["compare", str(drawn), "--problems", str(prompts), "--rewards", str(scored), "--open-ended", "--json"]
+    span = ["--from", "0.0001", "--to", "60", "--ks", "1,2,4", "--price", "3", "--out", str(curves)]
+    assert main([*asked, *span, "--count", "rewards"]) == 0
+    found = last(capsys)
+    assert found == records.read_json(curves)
+    rewards = records.read_rewards(scored)
+    best = [max(r.reward for r in rewards if r.problem_id == str(n)) for n in range(1, 5)]
+    assert found["by_time"]["drawn"]["reward"]["mean"][-1] == pytest.approx(sum(best) / 4)
+    assert found["by_k"]["drawn"]["reward"]["mean"][-1] == pytest.approx(sum(best) / 4)
+    one, two, four = found["by_k"]["drawn"]["reward"]["mean"]
+    assert one <= two + 1e-9 <= four + 2e-9
+    assert (found["in_the_clock"], len(found["dollars"])) == (["sampling", "rewards"], 40)

@@ -19,6 +19,7 @@ from thinkfast.options import (
     Init,
     Json,
     Model,
+    OpenEnded,
     Out,
     Overrides,
     ProblemsFile,
@@ -151,10 +152,15 @@ def sample(
     shots: Annotated[int, typer.Option(min=0, help="Solved problems before each problem.")] = 0,
     shots_from: Annotated[str | None, typer.Option(help="Where they come from: a set with solutions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad rows and go on without them.")] = False,
+    open_ended: OpenEnded = False,
     stop_error: Annotated[
         float | None, typer.Option(help="A vote decided with this error ends its problem's sampling, e.g. 0.1.")
     ] = None,
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 needs no Ray.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="auto, transformers, vllm, or an OpenAI-style http://… address.")
+    ] = "auto",
+    draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead, for few slots.")] = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -166,7 +172,8 @@ def sample(
     values |= {"max_tokens": max_tokens, "slots": numbers(slots), "stop_error": stop_error, "seed": seed}
     settings = section(SampleSettings, values)
     asked = pipeline.read_prompt(prompt, shots, shots_from)
-    finish(pipeline.sample_files(models, problems, settings, out, asked, ray, skip_bad), json_)
+    given = (asked, ray, skip_bad, not open_ended, backend, draft)
+    finish(pipeline.sample_files(models, problems, settings, out, *given), json_)
 
 
 @app.command()
@@ -197,6 +204,7 @@ def compare(
     rewards: Rewards = None,
     price: Annotated[float | None, typer.Option(help="Dollars an hour: budgets in dollars as well.")] = None,
     count: Annotated[list[str] | None, typer.Option(help="grading, rewards: their seconds are in the clock.")] = None,
+    open_ended: OpenEnded = False,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -206,7 +214,8 @@ def compare(
 
     values = {"baseline": baseline or results.source_name(sources[0]), "ks": numbers(ks), "seed": seed}
     settings = section(Compare, values | {"grid": {"first": first, "last": last, "points": points}})
-    document = spending.compare_sources(sources, problems, settings, out, rewards or [], price, count or [])
+    compare_them = spending.compare_rewards if open_ended else spending.compare_sources
+    document = compare_them(sources, problems, settings, out, rewards or [], price, count or [])
     print("\n".join(spending.in_words(document)))
     finish(document, json_)
 
@@ -225,9 +234,15 @@ def report(
 
 @app.command()
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="Model directories, run directories, or 'bundled'.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="Model or run directories, 'bundled', or shapes such as random:smollm2-135m-pure."),
+    ],
     batches: Annotated[str, typer.Option(help="Completions decoded at once.")] = "1,16,128",
     contexts: Annotated[str, typer.Option(help="Tokens behind each of them.")] = "64,256,1000",
+    backends: Annotated[str, typer.Option(help="Of auto, native, torch, transformers, llama.cpp.")] = "auto",
+    shared: Annotated[str, typer.Option(help="How many of those tokens are one prompt for all.")] = "0",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts to feed, none by default.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="A file for the document; RUN/bench.json goes into RUN's report.")
     ] = None,
@@ -237,7 +252,9 @@ def bench(
     from thinkfast import pipeline
     from thinkfast.recipe import Bench, section
 
-    settings = section(Bench, {"batches": numbers(batches), "contexts": numbers(contexts)})
+    asked = {"batches": batches, "contexts": contexts, "shared": shared, "prompts": prompts}
+    given = {name: numbers(text) if text else () for name, text in asked.items()}
+    settings = section(Bench, {**given, "backends": tuple(backends.split(","))})
     finish(pipeline.bench_file(models, settings, out), json_)
 
 

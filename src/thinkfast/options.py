@@ -25,6 +25,7 @@ Reward = Annotated[
     Path | None, typer.Option("--reward", help="A verifier of train-reward, or a published reward model.")
 ]
 Rewards = Annotated[list[Path] | None, typer.Option("--rewards", help="Rewards of the sources, in their order.")]
+OpenEnded = Annotated[bool, typer.Option("--open-ended", help="Prompts without a right answer.")]
 ProblemsFile = Annotated[Path | None, typer.Option("--problems", help="What a directory of samples answers.")]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from thinkfast import progress, ranks, records, results
 from thinkfast.data.chat import PROMPTS, Prompt, named_prompt
-from thinkfast.data.problems import Problem
+from thinkfast.data.problems import Problem, refuse
 from thinkfast.data.sets import open_problems
 from thinkfast.errors import BadInput
 from thinkfast.recipe import TEACHER, Bench, Recipe, SampleSettings, Teacher, Text, dump_recipe, load_recipe
@@ -19,6 +19,7 @@ from thinkfast.sections import Compute, Student, Watching
 from thinkfast.stages import (
     Say,
     Stages,
+    check_tokenizer,
     copy_teacher,
     layer_plan,
     make_corpus,
@@ -113,10 +114,14 @@ def distill_model(
 
     Returns what the student's run.json notes: the KL divergence, alignment errors, tokens and seconds.
     """
+    from thinkfast import forecast
+
     teacher_dir = teacher_directory(str(teacher))
     _require_files(text.path)
     text_sources(text)
     with _alone_or_together(out, say) as stages:
+        check_tokenizer(teacher_dir, lambda line: print(line, file=sys.stderr))
+        forecast.check_here(Recipe(teacher=Teacher(path=str(teacher)), student=(student,), compute=compute))
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
         make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages, watch, compute=compute)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]
@@ -145,6 +150,7 @@ def distill_students(recipe: Recipe, out: Path) -> dict[str, Any]:
     teacher_dir, held_out = teacher_directory(recipe.teacher.path), recipe.corpus.held_out
     watch, how = recipe.watch, recipe.compute
     with _alone_or_together(out, print) as stages:
+        check_tokenizer(teacher_dir, lambda line: print(line, file=sys.stderr))
         forecast.check_here(recipe)
         corpus, base = make_corpus(recipe.corpus, teacher_dir, out / "corpus", stages), None
         if recipe.base is not None:
@@ -202,19 +208,28 @@ def sample_files(
     prompt: Prompt = PROMPTS["plain"],
     workers: int = 0,
     skip_bad: bool = False,
+    answers: bool = True,
+    backend: str = "auto",
+    draft: Path | None = None,
 ) -> dict[str, Any]:
-    """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`."""
+    """Samples models, one after the other, on a set and tells how much came of each; several get `out/<name>`.
+
+    answers: False for prompts that have no right answer.
+    """
     from thinkfast.scale.sample import sample_model
 
     told: dict[str, Any] = {}
     directories = {path.resolve().name: path for path in (teacher_directory(str(model)) for model in models)}
     if len(directories) < len(models):
         raise BadInput(f"{', '.join(map(str, models))}: two models have one name")
-    asked = open_problems(problems, lambda line: print(line, file=sys.stderr)) if skip_bad else open_problems(problems)
+    complain = (lambda line: print(line, file=sys.stderr)) if skip_bad else refuse
+    asked = open_problems(problems, complain, answers)
     for name, directory in directories.items():
         place = out / name if len(models) > 1 else out
         with progress.bar(f"{name}: sample", 1.0) as update:
-            drawn = sample_model(directory, asked, settings, place, None, update, prompt, workers)
+            guesses = None if draft is None else teacher_directory(str(draft))
+            given = (update, prompt, workers, backend, guesses)
+            drawn = sample_model(directory, asked, settings, place, None, *given)
         words = f"{drawn.samples:,} samples in {drawn.seconds:.1f} s of clock, {drawn.tokens_per_second:,.0f} tokens/s"
         print(words if len(models) == 1 else f"{name}: {words}")
         told[name] = {**asdict(drawn), "tokens_per_second": drawn.tokens_per_second}
@@ -224,27 +239,47 @@ def sample_files(
 def bench_models(models: Sequence[Path], settings: Bench) -> dict[str, Any]:
     """Decoded tokens per second of stock models, each called by its directory; every model of a run directory."""
     from thinkfast.bench.decode import decode_speeds
+    from thinkfast.bench.shapes import PREFIX, random_model
     from thinkfast.model.checkpoint import load_model
 
-    found: dict[str, Path] = {}
+    found: dict[str, Path | str] = {}
     for path in models:
+        if str(path).startswith(PREFIX):
+            found[str(path).removeprefix(PREFIX)] = str(path)
+            continue
         inside = sorted((path / "models").glob("*/config.json"))
         for directory in [config.parent for config in inside] or [teacher_directory(str(path))]:
             if directory.name in found:
                 raise BadInput(f"{directory}: two models are called {directory.name!r}")
             found[directory.name] = directory
-    loaded = {name: load_model(directory) for name, directory in found.items()}
-    return dict(decode_speeds(loaded, settings.batches, settings.contexts))
+    loaded = {n: random_model(place) if isinstance(place, str) else load_model(place) for n, place in found.items()}
+    return dict(
+        decode_speeds(
+            loaded,
+            settings.batches,
+            settings.contexts,
+            backend=settings.backends,
+            shared=settings.shared,
+            prompts=settings.prompts,
+        )
+    )
 
 
 def bench_file(models: Sequence[Path], settings: Bench, out: Path | None) -> dict[str, Any]:
-    """`bench_models`, told as a table and stored in `out` where given."""
-    document = bench_models(models, settings)
+    """`bench_models`, told as a table and stored in `out` where given, with a figure beside it."""
+    document = {"command": " ".join(["thinkfast", *sys.argv[1:]]), **bench_models(models, settings)}
     for row in document["rows"]:
         place = f"{row['model']:<12} batch {row['batch']:>4}  context {row['context']:>5}"
+        place += f" ({row['shared']} shared)" if row["shared"] else ""
+        print(f"{place}  {row['tokens_per_second']:>9,.0f} tokens/s  {row['share']:>4.0%} of the machine's limit")
+    for row in document["prefill"]:
+        place = f"{row['model']:<12} {row['prompts']:>3} prompts of {row['length']:>5}"
         print(f"{place}  {row['tokens_per_second']:>9,.0f} tokens/s  {row['share']:>4.0%} of the machine's limit")
     if out is not None:
+        from thinkfast.bench.figure import draw_speeds
+
         records.write_json(out, document)
+        draw_speeds(document, out.with_suffix(".png"))
     return document
 
 

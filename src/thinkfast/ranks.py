@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Team:
             return value
         import torch
 
-        summed = torch.tensor(value, dtype=torch.float64, device=self.device)
+        summed = torch.tensor(value, dtype=torch.float64)
         torch.distributed.all_reduce(summed)
         return float(summed)
 
@@ -61,10 +62,7 @@ class Team:
 
     def wait(self) -> None:
         """Returns when every process has come here."""
-        if self.together:
-            from torch import distributed
-
-            distributed.barrier()
+        self.total(0.0)
 
 
 _team = Team()
@@ -89,7 +87,9 @@ def gathered() -> Iterator[Team]:
     if torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    # The others wait while the first one tokenises.
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     try:
         _team = Team(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, together=True)
         yield _team

@@ -58,6 +58,7 @@ class TextSource(Section):
     split: str = "train"
     config: str | None = None
     text: str = "text"
+    solution: str = "solution"
 
 
 class Text(Section):
@@ -105,6 +106,9 @@ class Bench(Section):
 
     batches: tuple[Count, ...] = ()
     contexts: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 128, 256, 512, 1000)
+    backends: Annotated[tuple[str, ...], Field(min_length=1)] = ("auto",)
+    shared: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    prompts: tuple[Count, ...] = ()
 
 
 class Grid(Section):

@@ -84,7 +84,7 @@ def read_graded(run: Path, name: str) -> Graded:
     return Graded(samples, scores)
 
 
-def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
+def read_completions(path: Path, answers: bool = True) -> tuple[list[Problem], list[SampleRow], bool]:
     """JSONL rows with `problem`, `answer`, `completions` and, where they were measured, lists as long of seconds:
     `t_end`, and `t_start`, without which they cannot be replayed.
 
@@ -93,7 +93,7 @@ def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
     """
     from thinkfast.data.problems import load_problems
 
-    problems = load_problems(path)
+    problems = load_problems(path, answers=answers)
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     samples: list[SampleRow] = []
     timed = True
@@ -117,19 +117,21 @@ def read_completions(path: Path) -> tuple[list[Problem], list[SampleRow], bool]:
     return problems, samples, timed
 
 
-def read_texts(source: Path, problems_file: Path | None) -> tuple[list[Problem], list[SampleRow], bool]:
+def read_texts(
+    source: Path, problems_file: Path | None, answers: bool = True
+) -> tuple[list[Problem], list[SampleRow], bool]:
     """Problems, samples and whether they are timed: a directory of samples, whose problems stand in `problems_file`
-    or are a public set of that name, or completions in JSONL."""
+    or are a public set of that name, or completions in JSONL. answers: False where nobody needs right ones."""
     from thinkfast.data.sets import open_problems
 
     if not source.is_dir():
-        return read_completions(source)
+        return read_completions(source, answers)
     samples = records.read_samples(source)
     if not samples:
         raise BadInput(f"{source}: holds no part-*.parquet with samples")
     if problems_file is None:
         raise BadInput(f"{source}: --problems is needed to grade a directory of samples")
-    problems = open_problems(problems_file)
+    problems = open_problems(problems_file, answers=answers)
     known = {problem.id for problem in problems}
     strange = next((row.problem_id for row in samples if row.problem_id not in known), None)
     if strange is not None:
@@ -290,13 +292,12 @@ def wins_in_words(summary: Mapping[str, Any], baseline: str = TEACHER) -> list[s
 
 
 def curves_in_words(document: Mapping[str, Any]) -> list[str]:
-    """A line for every model and k with coverage and majority, then the wins where time was measured."""
+    """A line for every model and k with what is known there, then the wins where time was measured."""
     lines = []
     for name, curves in document["by_k"].items():
-        for k, covered, voted in zip(
-            document["k"], curves["coverage"]["mean"], curves["majority"]["mean"], strict=False
-        ):
-            lines.append(f"{name:<12} k {k:>4}  coverage {covered:.3f}  majority {voted:.3f}")
+        for place, k in enumerate(document["k"]):
+            told = "  ".join(f"{metric} {curve['mean'][place]:.3f}" for metric, curve in curves.items())
+            lines.append(f"{name:<12} k {k:>4}  {told}")
     return lines + (wins_in_words(document, document["baseline"]) if "wins" in document else [])
 
 

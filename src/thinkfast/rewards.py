@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def score_file(
     A step-wise score is folded by `how`; a verifier's is its total. Goes on where it was cut off. Returns how many rows
     there are and the seconds they took.
     """
-    problems, samples, _ = read_texts(source, problems_file)
+    problems, samples, _ = read_texts(source, problems_file, answers=False)
     settings = {"how": how, "layout": layout}
     inputs = {
         "reward model": records.hash_path(model),
@@ -42,8 +43,9 @@ def score_file(
         left = [row for row in samples if (row.problem_id, row.sample_index) not in held]
         if not run.done and left:
             rows: list[RewardRow] = []
+            scored = _scored(model, problems, left, how, layout)
             with progress.bar("reward", len(samples)) as update:
-                for done, row in enumerate(_scored(model, problems, left, how, layout), len(held) + 1):
+                for done, row in enumerate(scored, len(held) + 1):
                     rows.append(row)
                     if len(rows) == ROWS_A_PART:
                         records.append_rows(out, rows, RewardRow)
@@ -85,8 +87,7 @@ def verification_in_words(found: Mapping[str, Any]) -> list[str]:
 def _scored(
     model: Path, problems: Sequence[Problem], samples: Sequence[SampleRow], how: How, layout: str | None
 ) -> Iterator[RewardRow]:
-    import time
-
+    """The rewards of samples; the model is loaded, or refused, before the first is asked for."""
     from thinkfast.scale.reward import RewardModel, fold_steps
     from thinkfast.scale.verifier import NOTE, load_verifier, score_examples
 
@@ -94,16 +95,19 @@ def _scored(
     if (model / NOTE).is_file():
         verifier, tokenizer = load_verifier(model)
         examples = [_example(tokenizer, texts[row.problem_id], row, False) for row in samples]
-        for place, total, steps, seconds in score_examples(verifier, examples, tokenizer.pad_id):
-            row = samples[place]
-            yield RewardRow(row.problem_id, row.sample_index, total, json.dumps(steps), seconds)
-        return
+        return (
+            RewardRow(samples[place].problem_id, samples[place].sample_index, total, json.dumps(steps), seconds)
+            for place, total, steps, seconds in score_examples(verifier, examples, tokenizer.pad_id)
+        )
     loaded = RewardModel(model, layout)
-    for row in samples:
+
+    def one(row: SampleRow) -> RewardRow:
         started = time.monotonic()
         steps = loaded.steps(texts[row.problem_id], row.text)
         reward = fold_steps(steps, how) if steps else 0.0
-        yield RewardRow(row.problem_id, row.sample_index, reward, json.dumps(steps), time.monotonic() - started)
+        return RewardRow(row.problem_id, row.sample_index, reward, json.dumps(steps), time.monotonic() - started)
+
+    return map(one, samples)
 
 
 def _example(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from thinkfast import records
 from thinkfast.errors import BadInput
 from thinkfast.recipe import Compare
-from thinkfast.results import compare_tables, curves_in_words, read_source, source_name, table
+from thinkfast.records import ScoreRow
+from thinkfast.results import Graded, compare_tables, curves_in_words, read_source, read_texts, source_name, table
 
 if TYPE_CHECKING:
     from thinkfast.scale.budget import Table
@@ -30,8 +32,6 @@ def read_tables(
     rewards: none, or a directory of rewards for each source. counted: see `results.table`. Raises BadInput for
     other problems than those of the first source, two sources of one name, and samples without a reward.
     """
-    from dataclasses import replace
-
     if rewards and len(rewards) != len(sources):
         raise BadInput(f"{len(rewards)} directories of rewards for {len(sources)} sources: expected one each")
     tables: dict[str, Table] = {}
@@ -46,12 +46,7 @@ def read_tables(
         if name in tables:
             raise BadInput(f"{source}: two sources are called {name!r}")
         if rewards:
-            held = {(row.problem_id, row.sample_index): row for row in records.read_rewards(rewards[place])}
-            lacking = next((r for r in graded.samples if (r.problem_id, r.sample_index) not in held), None)
-            if lacking is not None:
-                sample = f"sample {lacking.sample_index} of problem {lacking.problem_id}"
-                raise BadInput(f"{rewards[place]}: no reward for {sample} of {source}")
-            graded = replace(graded, rewards=held)
+            graded = _rewarded(graded, rewards[place], source)
         tables[name] = table(graded, problems, counted)
     return tables, len(first)
 
@@ -240,16 +235,71 @@ def compare_sources(
 
     counted: "grading" and "rewards", whose seconds are then in the clock.
     """
-    unknown = next((name for name in counted if name not in COUNTED), None)
-    if unknown is not None:
-        raise BadInput(f"count {unknown!r}: expected {' or '.join(COUNTED)}")
-    if "rewards" in counted and not rewards:
-        raise BadInput("count 'rewards': --rewards is needed")
+    _check_counted(counted, rewards)
     tables, problems = read_tables(sources, problems_file, rewards, counted)
     document = compare_tables(tables, problems, settings) | {"in_the_clock": ["sampling", *counted]}
     if all(one.seconds is not None for one in tables.values()):
         document["frontier"] = frontier(tables, problems, settings, price_per_hour)
     return _stored(document, out)
+
+
+def compare_rewards(
+    sources: Sequence[Path],
+    problems_file: Path | None,
+    settings: Compare,
+    out: Path | None,
+    rewards: Sequence[Path],
+    price_per_hour: float | None = None,
+    counted: Collection[str] = (),
+) -> dict[str, Any]:
+    """The best reward so far against samples and time, of several sources on prompts that have no right answer.
+
+    Raises BadInput as `compare_sources` does, without rewards, and for samples without times.
+    """
+    from thinkfast.scale.budget import reward_curves
+    from thinkfast.scale.frontier import dollars
+
+    _check_counted([name for name in counted if name != "rewards"], rewards)
+    if len(rewards) != len(sources):
+        raise BadInput(f"{len(rewards)} directories of rewards for {len(sources)} sources: expected one each")
+    tables: dict[str, Table] = {}
+    first: list[str] = []
+    for source, place in zip(sources, rewards, strict=True):
+        problems, samples, timed = read_texts(source, problems_file, answers=False)
+        if not timed:
+            raise BadInput(f"{source}: the samples carry no t_end, expected seconds")
+        first = first or [problem.id for problem in problems]
+        if [problem.id for problem in problems] != first:
+            raise BadInput(f"{source}: its problems are not those of {sources[0]}")
+        silent = [ScoreRow(row.problem_id, row.sample_index, None, -1, False) for row in samples]
+        tables[source_name(source)] = table(_rewarded(Graded(samples, silent), place, source), problems, counted)
+    if len(tables) < len(sources):
+        raise BadInput(f"{', '.join(map(str, sources))}: two sources have one name")
+    document = reward_curves(
+        tables, len(first), settings.baseline, settings.grid.seconds, settings.ks, settings.seed, settings.replicates
+    )
+    document["in_the_clock"] = ["sampling", *counted]
+    if price_per_hour is not None:
+        document["dollars"] = dollars(settings.grid.seconds, price_per_hour)
+    return _stored(document, out)
+
+
+def _rewarded(graded: Graded, rewards: Path, source: Path) -> Graded:
+    """With the rewards of a directory. Raises BadInput for a sample that has none there."""
+    held = {(row.problem_id, row.sample_index): row for row in records.read_rewards(rewards)}
+    lacking = next((r for r in graded.samples if (r.problem_id, r.sample_index) not in held), None)
+    if lacking is not None:
+        sample = f"sample {lacking.sample_index} of problem {lacking.problem_id}"
+        raise BadInput(f"{rewards}: no reward for {sample} of {source}")
+    return replace(graded, rewards=held)
+
+
+def _check_counted(counted: Collection[str], rewards: Sequence[Path]) -> None:
+    unknown = next((name for name in counted if name not in COUNTED), None)
+    if unknown is not None:
+        raise BadInput(f"count {unknown!r}: expected {' or '.join(COUNTED)}")
+    if "rewards" in counted and not rewards:
+        raise BadInput("count 'rewards': --rewards is needed")
 
 
 def adapt_sources(

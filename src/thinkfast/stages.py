@@ -77,6 +77,20 @@ def teacher_directory(path: str) -> Path:
     return directory
 
 
+def check_tokenizer(teacher_dir: Path, say: Say) -> None:
+    """Refuses a tokenizer with more tokens than the teacher, and says where there is nothing to pad with."""
+    from thinkfast.data.tokenizer import load_tokenizer
+    from thinkfast.model.checkpoint import read_config
+
+    tokenizer, known = load_tokenizer(teacher_dir), read_config(teacher_dir).vocab_size
+    if tokenizer.vocab_size > known:
+        raise BadInput(
+            f"{teacher_dir}: the tokenizer has {tokenizer.vocab_size} tokens and the model {known}, expected no more"
+        )
+    if tokenizer.pad_id == tokenizer.eos_id:
+        say(f"{teacher_dir}: no pad token; rows are padded by length, and the end of a text is learnt all the same")
+
+
 def make_problems(settings: Problems, directory: Path, stages: Stages) -> list[Problem]:
     """The held-out problems: generated, or the first `count` of a file."""
     inputs = {} if settings.path is None else {"problems file": records.hash_path(Path(settings.path))}

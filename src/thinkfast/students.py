@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from thinkfast import progress, ranks, records
 from thinkfast.errors import BadInput
-from thinkfast.sections import Base, Compute, Distill, Losses, OnPolicy, Student, Training, Watching
+from thinkfast.sections import LAYERWISE, Base, Compute, Distill, Losses, OnPolicy, Student, Training, Watching
 from thinkfast.sections import Stages as StageSettings
 from thinkfast.stages import Stages, calibration_ids, layer_plan, ranking_input
 
@@ -175,7 +176,7 @@ def _train(
             continue
         how = _training(given)
         with progress.bar(f"{name}: {stage}", given.tokens) as update:
-            seen = Watch(_shown(update), log, saved)
+            seen = Watch(_shown(update, _work(stage, given, teacher, model)), log, saved)
             try:
                 if stage == "matrices":
                     length = settings.matrices.length
@@ -229,9 +230,33 @@ def _schedule(settings: Distill) -> LossSchedule:
     return LossSchedule(_loss(settings.loss, settings), last, settings.blend)
 
 
-def _shown(update: progress.Update) -> Progress:
+def _work(stage: str, settings: Training, teacher: Decoder, model: Decoder) -> float | None:
+    """The share of the GPUs' stated peak that a token a second is; None where no peak is known."""
+    from thinkfast.distill.cost import Phase, flops, peak_here
+
+    team = ranks.current()
+    peak = peak_here(team.device)
+    rows = settings.row_tokens or min(settings.batch_tokens, 2048)
+    phase = Phase(stage, 1, settings.batch_tokens, rows, stage in LAYERWISE, stage != "sft")
+    work = flops(teacher.config, model.config, phase, recompute=False)
+    return None if peak is None else work / (peak * team.size)
+
+
+def _shown(update: progress.Update, share: float | None) -> Progress:
+    """Shows step, loss and tokens a second, and where `share` is what one of them takes of the peak, the share reached
+    (model FLOPs: what is computed a second time does not count)."""
+    began: list[tuple[float, int]] = []
+
     def show(step: int, tokens: int, total: int, loss: float) -> None:
-        update(min(tokens, total), f"step {step}, loss {loss:.4f}")
+        now = time.monotonic()
+        if not began:
+            began.append((now, tokens))
+        seconds, seen = now - began[0][0], tokens - began[0][1]
+        words = f"step {step}, loss {loss:.4f}"
+        if seconds > 0:
+            words += f", {seen / seconds:,.0f} tokens/s"
+            words += f", {seen / seconds * share:.0%} of the peak" if share is not None else ""
+        update(min(tokens, total), words)
 
     return show
 

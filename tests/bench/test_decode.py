@@ -3,14 +3,8 @@ import math
 import pytest
 import torch
 
-from thinkfast.bench.decode import (
-    bytes_per_token,
-    decode_speeds,
-    flops_per_token,
-    gemm_rate,
-    read_bandwidth,
-    weight_count,
-)
+from thinkfast.bench.decode import decode_speeds
+from thinkfast.bench.machine import bytes_per_token, flops_per_token, gemm_rate, read_bandwidth, weight_count
 from thinkfast.errors import BadInput
 from thinkfast.model.config import DecoderConfig, MambaConfig
 from thinkfast.model.decoder import Decoder

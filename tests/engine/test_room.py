@@ -37,7 +37,7 @@ def test_a_native_state_takes_what_the_plan_says(any_model: Decoder, kv_dtype: s
     pool = memory._pool
     planned = room.kept_bytes(any_model.config, 64, kv_dtype)
     # Rings of inputs hold one more than the convolution reaches back to, and rows of them are padded.
-    assert planned * 0.8 <= 2 * pool.page_bytes + pool.slot_bytes <= planned * 1.3, "64 tokens are two pages"
+    assert planned * 0.8 <= 2 * pool.page_bytes + pool.slot_bytes <= planned * 1.6, "64 tokens are two pages"
 
 
 @pytest.mark.parametrize("name", ["attention", "pure", "hybrid"])

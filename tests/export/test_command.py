@@ -6,27 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from thinkfast.cli import main
-from thinkfast.model.checkpoint import load_model
+from thinkfast.model.config import DISCRETE, MambaConfig
 
 pytest.importorskip("gguf")
 pytest.importorskip("transformers", minversion="5.23.0", reason="older ones norm over all groups")
 Make = Callable[..., Path]
-LLAMBA = {
-    "model_type": "llamba",
-    "vocab_size": 16,
-    "d_model": 8,
-    "n_layer": 1,
-    "tie_embeddings": False,
-    "mlp_cfg": {"intermediate_size": 8, "bias": False, "act_fn": "silu"},
-    "ssm_cfg": {"d_state": 4, "n_v_heads": 2, "n_qk_heads": 2, "expand": 1, "activation": "identity"},
-}
+ONE = MambaConfig(n_heads=4, head_dim=16, d_state=16, n_groups=1, chunk_size=16)
 
 
 def sharded(source: Path, target: Path) -> Path:
@@ -38,30 +30,6 @@ def sharded(source: Path, target: Path) -> Path:
     where = {tensor: names[index % 2] for index, tensor in enumerate(sorted(tensors))}
     save_file({name: tensors[name] for name, shard in where.items() if shard == names[0]}, target / names[0])
     (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return target
-
-
-def llamba(target: Path) -> Path:
-    target.mkdir()
-    (target / "config.json").write_text(json.dumps(LLAMBA))
-    shapes = {
-        "backbone.embedding.weight": (16, 8),
-        "lm_head.weight": (16, 8),
-        "backbone.final_layernorm.weight": (8,),
-        "backbone.layers.0.input_layernorm.weight": (8,),
-        "backbone.layers.0.post_attention_layernorm.weight": (8,),
-        "backbone.layers.0.mixer.in_proj.weight": (34, 8),
-        "backbone.layers.0.mixer.conv1d.weight": (24, 1, 4),
-        "backbone.layers.0.mixer.conv1d.bias": (24,),
-        "backbone.layers.0.mixer.z_bias": (8,),
-        "backbone.layers.0.mixer.D": (2,),
-        "backbone.layers.0.mixer.out_proj.weight": (8, 8),
-        "backbone.layers.0.mlp.gate_proj.weight": (8, 8),
-        "backbone.layers.0.mlp.up_proj.weight": (8, 8),
-        "backbone.layers.0.mlp.down_proj.weight": (8, 8),
-    }
-    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, target / "model.safetensors")
-    load_model(target)
     return target
 
 
@@ -82,9 +50,12 @@ def test_a_model_that_cannot_be_written(
     for source, expected in {
         sharded(make_model("hybrid"), tmp_path / "shards"): "/model.safetensors.index.json: weight_map names missing "
         "files: model-00002-of-00002.safetensors",
-        llamba(tmp_path / "llamba"): "the layers are Discrete Mamba-2, which no stock layout can express: distil the "
-        "teacher into Mamba-2 layers",
-        tmp_path / "nothing": "/nothing: no such directory",
+        make_model(
+            "hybrid", mamba=replace(ONE, kind=DISCRETE)
+        ): "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers",
+        make_model("hybrid", qk_norm=True): "the attention layers norm queries and keys, which no layout of a hybrid "
+        "model can express: convert every layer, or take a teacher without QK norm",
+        tmp_path / "nothing": "/nothing: no such model directory",
     }.items():
         line = refused([str(source), str(out), "--format", form], capsys)
         assert line.startswith("thinkfast: ")

@@ -44,6 +44,7 @@ def test_what_readers_of_every_age_need_is_there(make_model: Make, tmp_path: Pat
     names = {entry.name for entry in out.iterdir()}
     files = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert names == files | {"tokenizer.json", "tokenizer_config.json"}
+    assert {(out / name).stat().st_mode for name in files} == {(out / "config.json").stat().st_mode}
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     turns = [{"role": "user", "content": "Ann has 3 apples ."}]

@@ -48,7 +48,9 @@ def test_bytes_of_one_sequence() -> None:
     assert memory.sequences(1, 2, 160) == 0
 
 
-@pytest.mark.parametrize("name", ["llama", "hybrid", "pure-groups", "hybrid-untied-scaled"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "hybrid", "hybrid-bias", "pure-groups", "hybrid-untied-scaled"]
+)
 def test_parameters_are_counted_right(make_model: Callable[..., Path], name: str) -> None:
     model = load_model(make_model(name))
     extra = 0
@@ -69,3 +71,5 @@ def test_the_plan_says_it_in_words(make_model: Callable[..., Path]) -> None:
     assert len(plan_model(make_model("llama"), "hf", None)[1].splitlines()) == 6
     with pytest.raises(BadInput, match="dtype is 'int8', expected one of float32"):
         plan_model(make_model("llama"), "hf", "int8")
+    with pytest.raises(BadInput, match="the layers are Discrete Mamba-2, which no stock layout can express"):
+        plan_model(make_model("hybrid", mamba=MambaConfig(4, 16, 16, 1, kind="discrete")), "hf", None)

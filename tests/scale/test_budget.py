@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinkfast.errors import BadInput
-from thinkfast.scale.budget import Table, curves
+from thinkfast.scale.budget import Table, curves, reward_curves
 from thinkfast.scale.estimate import bootstrap_weights, simultaneous_band
 
 
@@ -246,3 +246,20 @@ def test_a_million_rows_take_seconds():
     started = time.process_time()
     curves(models, 1000, "a", np.geomspace(0.1, 500.0, 50), [1, 4, 16, 64, 256], seed=0)
     assert time.process_time() - started < 20
+
+
+def test_reward_curves_are_the_best_so_far_and_need_no_verdict():
+    """Three samples of two prompts, by hand: 1 s apart, the second prompt's first sample comes last."""
+    owner, index = np.array([0, 0, 1]), np.array([0, 1, 0])
+    score = np.array([1.0, 4.0, 2.0])
+    one = Table(owner, index, np.array([1.0, 2.0, 3.0]), np.full(3, -1), np.zeros(3, bool), np.ones(3), score)
+    better = replace(one, score=score + 1)
+    found = reward_curves({"a": one, "b": better}, 2, "a", [0.25, 0.5, 1.0, 2.0], [1, 2], 0, 50)
+    # Before a prompt has a sample it counts with the lowest score of all, 1.
+    assert found["by_time"]["a"]["reward"]["mean"] == [1.0, 1.0, 2.5, 3.0]
+    assert found["by_time"]["b"]["reward"]["mean"] == [1.0, 1.5, 3.0, 4.0]
+    assert found["k"] == [1]
+    assert found["by_k"]["a"]["reward"]["mean"] == [pytest.approx((2.5 + 2.0) / 2)]
+    assert found["difference"]["b"]["reward"]["mean"] == [0.0, 0.5, 0.5, 1.0]
+    with pytest.raises(BadInput, match="scores of a: expected those of a, b"):
+        reward_curves({"a": one, "b": replace(one, score=None)}, 2, "a", [1.0], [1], 0)

@@ -52,6 +52,14 @@ def test_best_of_k_is_the_mean_over_all_subsets(problems):
     np.testing.assert_allclose(measured, expected, atol=1e-12)
 
 
+def test_the_best_reward_of_k_is_the_mean_of_the_highest_over_all_subsets():
+    rewards = np.random.default_rng(2).normal(size=7)
+    everybody = np.ones(7, dtype=bool)
+    found = best_at_k(np.zeros(7, dtype=np.int64), rewards, everybody, rewards, 1, [1, 3, 7])[0]
+    wanted = [np.mean([max(part) for part in combinations(rewards, k)]) for k in (1, 3, 7)]
+    np.testing.assert_allclose(found, wanted)
+
+
 def test_weighted_best_of_k_nears_the_mean_over_all_subsets():
     dice = np.random.default_rng(0)
     problems = [[(int(dice.integers(-1, 3)), float(dice.integers(0, 4))) for _ in range(8)] for _ in range(20)]

@@ -34,6 +34,12 @@ def connect(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=PATIENCE)
 
 
+def request(body: Any) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    return head.encode() + b"\r\n\r\n" + content
+
+
 def post(address: str, body: Any, path: str = CHAT, **options: Any) -> httpx.Response:
     return httpx.post(f"{address}{path}", json=body, timeout=60, **options)
 
@@ -211,15 +217,27 @@ def test_a_full_queue_says_when_to_come_again(serve: Serve, wait_until: Wait) ->
 def test_who_leaves_costs_nothing_more(serve: Serve, unending: Served, wait_until: Wait, stream: bool) -> None:
     address, live = serve(LONG), unending.live
     wait_until(lambda: live.requests == 0)
-    body = json.dumps({**ENDLESS, "stream": stream}).encode()
     with connect(address) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        connection.sendall(request({**ENDLESS, "stream": stream}))
         wait_until(lambda: live.running > 0)
         if stream:
             assert connection.recv(4000).startswith(b"HTTP/1.1 200 ")
         assert live.requests == 1
     wait_until(lambda: live.requests == live.running == 0)
+
+
+def test_who_does_not_read_is_left(serve: Serve, models: list[Served], wait_until: Wait) -> None:
+    """Chains without end, into a socket that nobody empties: the server stops when a write has waited long enough."""
+    address, live = serve(replace(LONG, samples=10**9, bounds=Bounds(send_seconds=0.3))), models[1].live
+    body = {**GOOD, "model": "rambler", "time_budget": 600, "max_tokens": 40, "stream": True, "return_samples": True}
+    host, port = address.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE)
+        connection.connect((host, int(port)))
+        connection.sendall(request(body))
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        wait_until(lambda: live.requests == live.running == 0)
 
 
 def test_figures_and_log(serve: Serve, wait_until: Wait) -> None:

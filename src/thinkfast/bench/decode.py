@@ -1,40 +1,46 @@
-"""Decoded tokens per second over batch and context, and the floor that memory and arithmetic set."""
+"""Tokens per second over batch and context, of several models and back ends that take turns, beside the floor."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
 
-from thinkfast.engine.backends import Backend, Memory, open_backend
+from thinkfast.bench.machine import (
+    Limits,
+    buffer_size,
+    bytes_per_token,
+    describe_machine,
+    flops_per_token,
+    prefill_flops,
+)
+from thinkfast.bench.peers import PEERS, open_peer
+from thinkfast.engine.backends import BACKENDS, Backend, Memory, NativeBackend, NativeMemory, open_backend
 from thinkfast.engine.sampling import SamplingParams, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
-from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
-
-GEMM_SIZE = 512
-MIN_BUFFER, MAX_BUFFER = 1 << 20, 1 << 28
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One model at one batch and context. Times are medians; `share` is floor over measured time.
+    """One model in one back end at one batch and context. Times are medians; `share` is floor over measured time.
 
     The floor of a token is the larger of its bytes at the machine's measured read bandwidth (for a buffer as large as
-    what a step touches) and its floating-point operations at the machine's measured rate of matrix products.
+    what a step touches) and its floating-point operations at the machine's measured rate of matrix products. `shared`
+    of the `context` tokens are one prompt for all rows. `model` is the name of the model, with the back end behind an @
+    where several were measured.
     """
 
     model: str
+    backend: str
     batch: int
     context: int
+    shared: int
     tokens_per_second: float
     microseconds_per_token: float
     fastest_microseconds_per_token: float
@@ -44,6 +50,36 @@ class Speed:
     share: float
 
 
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prompts fed at once, in tokens a second, beside the floor of their operations; and what forking adds.
+
+    `fork_ratio`: time until `forks` samples of one prompt can start, over the time until one can.
+    """
+
+    model: str
+    backend: str
+    prompts: int
+    length: int
+    tokens_per_second: float
+    share: float
+    forks: int
+    fork_ratio: float
+
+
+class Runner(Protocol):
+    """A model in a back end."""
+
+    kv_dtype: str
+    weights: str
+
+    def start(self, batch: int, context: int, steps: int) -> None:
+        """Makes rows whose steps see `context` tokens at the middle of a turn. Raises BadInput."""
+
+    def turn(self, steps: int) -> float:
+        """Seconds that `steps` steps take."""
+
+
 def decode_speeds(
     models: Mapping[str, Decoder],
     batches: Sequence[int] = (1, 16, 128),
@@ -51,144 +87,128 @@ def decode_speeds(
     *,
     steps: int = 8,
     repeats: int = 9,
-    backend: str = "auto",
+    backend: str | Sequence[str] = "auto",
     kv_dtype: str = "auto",
+    weights: str = "auto",
     temperature: float = 0.8,
+    shared: Sequence[int] = (0,),
+    prompts: Sequence[int] = (),
 ) -> dict[str, object]:
-    """Measures every model at every batch and context, sampling included, and returns {"machine": ..., "rows": [...]}.
+    """Measures every model at every batch and context, sampling included, and returns {"machine", "rows", "prefill"}.
 
-    The models take turns `repeats` times, `steps` decoding steps each, so that a change of the machine's pace meets all
-    of them. Slots hold the state behind a random prompt; context is the number of tokens a step sees at the middle of
-    the measurement. A row is a `Speed` as a dictionary. Raises BadInput where a context leaves no room.
+    They take turns `repeats` times, `steps` decoding steps each, so that a change of the machine's pace meets all of
+    them; what the machine can do is measured between turns. Slots hold the state behind a random prompt; context is
+    the number of tokens a step sees at the middle of the measurement. `shared`: how many of them are one prompt that
+    all rows have in common; the native back end reads those once. `prompts`: lengths to feed, `threads` at a time.
+    backend: of "auto", "native", "torch", "transformers", "llama.cpp"; the last takes batch 1 alone and is left out
+    elsewhere. A row is a `Speed` or `Prefill` as a dictionary. Raises BadInput where a context leaves no room, for an
+    unknown back end and for one that cannot be had.
     """
     if steps < 1 or repeats < 1:
         raise BadInput(f"steps is {steps} and repeats is {repeats}, expected 1 or more of each")
-    backends = {name: open_backend(model, backend, kv_dtype) for name, model in models.items()}
-    rate = gemm_rate()
-    bandwidths: dict[int, float] = {}
-    rows = []
+    names = (backend,) if isinstance(backend, str) else tuple(backend)
+    for name in names:
+        if name not in (*BACKENDS, *PEERS):
+            raise BadInput(f"backend is {name!r}, expected one of {', '.join((*BACKENDS, *PEERS))}")
+    runners: dict[str, tuple[str, str, Runner]] = {}
+    for name in names:
+        for model, decoder in models.items():
+            opened = _open(decoder, name, kv_dtype, weights, temperature)
+            label = model if len(names) == 1 else f"{model}@{opened.name if isinstance(opened, OurRunner) else name}"
+            runners[label] = (model, opened.name if isinstance(opened, OurRunner) else name, opened)
+    limits = Limits()
+    rows: list[Speed] = []
     for batch in batches:
         for context in contexts:
-            runs = {
-                name: _Run(backends[name], models[name].config, batch, context, steps, temperature) for name in models
-            }
-            times: dict[str, list[float]] = {name: [] for name in models}
-            for _ in range(repeats):
-                for name, run in runs.items():
-                    times[name].append(run.turn() / (steps * batch))
-            for name in models:
-                config, opened = models[name].config, backends[name]
-                touched, flops = (
-                    bytes_per_token(config, batch, context, opened.kv_dtype),
-                    flops_per_token(config, context),
-                )
-                size = _buffer(touched * batch)
-                bandwidths[size] = bandwidths.get(size) or read_bandwidth(size)
-                floor, median = max(touched / bandwidths[size], flops / rate), statistics.median(times[name])
-                fastest = min(times[name])
-                speed = (1 / median, median * 1e6, fastest * 1e6, touched, flops, floor * 1e6, floor / median)
-                rows.append(asdict(Speed(name, batch, context, *speed)))
+            for common in shared:
+                rows += _place(models, runners, limits, batch, context, common, steps, repeats)
+    feeds = [feed for length in prompts for feed in _prefills(models, runners, limits, length, repeats)]
     machine = {
         **describe_machine(),
-        "backend": {name: opened.name for name, opened in backends.items()},
-        "kv_dtype": {name: opened.kv_dtype for name, opened in backends.items()},
-        "gemm_gflops": rate / 1e9,
-        "read_gigabytes_per_second": {str(size): value / 1e9 for size, value in sorted(bandwidths.items())},
+        "backend": {label: name for label, (_, name, _) in runners.items()},
+        "kv_dtype": {label: runner.kv_dtype for label, (_, _, runner) in runners.items()},
+        "weights": {label: runner.weights for label, (_, _, runner) in runners.items()},
+        "gemm_gflops": limits.gemm / 1e9,
+        "read_gigabytes_per_second": {str(size): value / 1e9 for size, value in sorted(limits.bandwidth.items())},
     }
-    return {"machine": machine, "rows": rows}
+    return {"machine": machine, "rows": [asdict(row) for row in rows], "prefill": [asdict(feed) for feed in feeds]}
 
 
-def weight_count(config: DecoderConfig) -> int:
-    """Weights that one decoded token is multiplied with: all matrices, the head included, the embedding not."""
-    count = config.vocab_size * config.hidden_size
-    for kind in config.layer_types:
-        count += 3 * config.hidden_size * config.intermediate_size
-        if kind == ATTENTION:
-            count += 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
-        elif config.mamba is not None:
-            count += config.hidden_size * (config.mamba.in_proj_rows + config.mamba.d_inner)
-    return count
+def _open(model: Decoder, name: str, kv_dtype: str, weights: str, temperature: float) -> Runner:
+    if name in PEERS:
+        return open_peer(name, model, temperature)
+    return OurRunner(open_backend(model, name, kv_dtype, weights), model, temperature)
 
 
-def flops_per_token(config: DecoderConfig, context: int) -> float:
-    """Two a multiply-add: matrices, scores and weighted values, state update and output."""
-    flops = 2.0 * weight_count(config)
-    for kind in config.layer_types:
-        if kind == ATTENTION:
-            flops += 4.0 * config.num_heads * config.head_dim * context
-        elif config.mamba is not None:
-            flops += (
-                config.mamba.d_inner * 5.0 * config.mamba.d_state + 2.0 * config.mamba.conv_dim * config.mamba.d_conv
-            )
-    return flops
+def _place(
+    models: Mapping[str, Decoder],
+    runners: Mapping[str, tuple[str, str, Runner]],
+    limits: Limits,
+    batch: int,
+    context: int,
+    shared: int,
+    steps: int,
+    repeats: int,
+) -> list[Speed]:
+    """All runners at one batch and context."""
+    here = {}
+    for label, (model, name, runner) in runners.items():
+        if (name == "llama.cpp" and batch > 1) or (shared and not isinstance(runner, OurRunner)):
+            continue
+        if isinstance(runner, OurRunner):
+            runner.shared = shared
+        runner.start(batch, context, steps)
+        config = models[model].config
+        touched = bytes_per_token(config, batch, context, runner.kv_dtype, runner.weights, shared)
+        here[label] = (name, runner, touched, flops_per_token(config, context))
+    sizes = {buffer_size(touched * batch) for _, _, touched, _ in here.values()}
+    times: dict[str, list[float]] = {label: [] for label in here}
+    for _ in range(repeats):
+        limits.probe(sizes, {runner.weights for _, runner, _, _ in here.values()})
+        for label, (_, runner, _, _) in here.items():
+            times[label].append(runner.turn(steps) / (steps * batch))
+    rows = []
+    for label, (name, _, touched, flops) in here.items():
+        median, floor = statistics.median(times[label]), limits.floor(touched, flops, batch)
+        speed = (1 / median, median * 1e6, min(times[label]) * 1e6, touched, flops, floor * 1e6, floor / median)
+        rows.append(Speed(label, name, batch, context, shared, *speed))
+    return rows
 
 
-def bytes_per_token(config: DecoderConfig, batch: int, context: int, kv_dtype: str) -> float:
-    """Keys and values read, states read and written, and the row's part of the float32 weights read once a step."""
-    total = 4.0 * weight_count(config) / batch
-    for kind in config.layer_types:
-        if kind == ATTENTION:
-            total += 2.0 * config.num_kv_heads * config.head_dim * context * ELEMENT_BYTES[kv_dtype]
-        elif config.mamba is not None:
-            total += 2.0 * 4.0 * config.mamba.d_inner * config.mamba.d_state
-    return total
-
-
-def gemm_rate(seconds: float = 0.2) -> float:
-    """Floating-point operations a second of a float32 matrix product with the current number of threads."""
-    a, b = torch.rand(GEMM_SIZE, GEMM_SIZE), torch.rand(GEMM_SIZE, GEMM_SIZE)
-    out = torch.empty(GEMM_SIZE, GEMM_SIZE)
-    return 2.0 * GEMM_SIZE**3 / _fastest(lambda: torch.mm(a, b, out=out), seconds)
-
-
-def read_bandwidth(size: int, seconds: float = 0.2) -> float:
-    """Bytes a second read from a buffer of `size` bytes with the current number of threads."""
-    buffer = torch.ones(size // 4)
-    return size / _fastest(lambda: torch.sum(buffer), seconds)
-
-
-def describe_machine() -> dict[str, object]:
-    """Processor, threads and versions."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"
-        ]
-        name = models[0] if models else name
-    return {
-        "cpu": name,
-        "system": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-class _Run:
+class OurRunner:
     """Slots of one model, ready to decode at one batch and context."""
 
-    def __init__(
-        self, backend: Backend, config: DecoderConfig, batch: int, context: int, steps: int, temperature: float
-    ) -> None:
+    def __init__(self, backend: Backend, model: Decoder, temperature: float) -> None:
+        self.backend, self.config, self.temperature = backend, model.config, temperature
+        self.name, self.kv_dtype = backend.name, backend.kv_dtype
+        own = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+        self.weights = backend.weights if isinstance(backend, NativeBackend) else own
+        self.shared = 0
+
+    def start(self, batch: int, context: int, steps: int) -> None:
         first = context - steps // 2 - 1
         if first < 1:
             raise BadInput(f"context is {context}, expected at least {steps // 2 + 2} for {steps} steps around it")
-        params = SamplingParams(max_tokens=steps + 1, temperature=temperature, ignore_eos=True)
-        self.memory: Memory = backend.memory(batch, first + steps + 1)
-        self.table = SlotTable(batch, params, config.vocab_size, ())
-        self.rows, self.steps = np.arange(batch, dtype=np.int32), steps
-        self.prompt = np.random.default_rng(context).integers(0, config.vocab_size, first).tolist()
+        if not 0 <= self.shared <= first:
+            raise BadInput(f"{self.shared} tokens are shared of a context of {context}, expected at most {first}")
+        params = SamplingParams(max_tokens=steps + 1, temperature=self.temperature, ignore_eos=True)
+        self.memory: Memory = self.backend.memory(batch, first + steps + 1)
+        self.table = SlotTable(batch, params, self.config.vocab_size, ())
+        self.rows = np.arange(batch, dtype=np.int32)
+        self.prompt = np.random.default_rng(context).integers(0, self.config.vocab_size, first).tolist()
         self.kept = self.memory.prefill([self.prompt[:-1]])[0]
 
-    def turn(self) -> float:
-        """Seconds that `steps` steps take, behind one untimed step that touches the pages and warms the caches."""
+    def turn(self, steps: int) -> float:
+        """Behind one untimed step that touches the pages and warms the caches."""
         for slot in self.rows.tolist():
-            self.memory.fork(self.kept, slot)
+            if isinstance(self.memory, NativeMemory):
+                self.memory.resume(self.kept, slot, self.shared)
+            else:
+                self.memory.fork(self.kept, slot)
             self.table.admit(slot, (0, slot), self.prompt[-1], len(self.prompt) - 1, sample_key(0, slot), 0.0)
         self._step()
         start = time.perf_counter()
-        for _ in range(self.steps):
+        for _ in range(steps):
             self._step()
         return time.perf_counter() - start
 
@@ -196,16 +216,41 @@ class _Run:
         self.table.advance(self.rows, *self.memory.step(self.table, self.rows))
 
 
-def _buffer(size: float) -> int:
-    """The power of two next to `size`, within what is worth measuring."""
-    return int(min(max(2 ** round(np.log2(size)), MIN_BUFFER), MAX_BUFFER))
-
-
-def _fastest(call: Callable[[], object], seconds: float) -> float:
-    best, end = float("inf"), time.perf_counter() + seconds
-    call()
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _prefills(
+    models: Mapping[str, Decoder],
+    runners: Mapping[str, tuple[str, str, Runner]],
+    limits: Limits,
+    length: int,
+    repeats: int,
+    forks: int = 64,
+) -> list[Prefill]:
+    ours = {label: (model, runner) for label, (model, _, runner) in runners.items() if isinstance(runner, OurRunner)}
+    times: dict[str, list[tuple[float, float, float]]] = {label: [] for label in ours}
+    memories = {label: runner.backend.memory(forks, length + 1) for label, (_, runner) in ours.items()}
+    together = {label: getattr(memory, "threads", 1) for label, memory in memories.items()}
+    for turn in range(repeats + 1):
+        for label, (_, runner) in ours.items():
+            memory = memories[label]
+            vocab = runner.config.vocab_size
+            fed = np.random.default_rng(turn).integers(0, vocab, (together[label], length)).tolist()
+            start = time.perf_counter()
+            memory.prefill(fed)
+            many = time.perf_counter() - start
+            start = time.perf_counter()
+            kept = memory.prefill(fed[:1])[0]
+            memory.fork(kept, 0)
+            one = time.perf_counter() - start
+            start = time.perf_counter()
+            for slot in range(1, forks):
+                memory.fork(kept, slot)
+            rest = time.perf_counter() - start
+            if turn:  # the first touches the pages
+                times[label].append((many, one, rest))
+        limits.probe(set(), {runner.weights for _, runner in ours.values()})
+    rows = []
+    for label, (model, runner) in ours.items():
+        many, one, rest = (statistics.median(column) for column in zip(*times[label], strict=True))
+        rate = together[label] * length / many
+        share = rate * prefill_flops(models[model].config, length) / limits.gemm
+        rows.append(Prefill(label, runner.name, together[label], length, rate, share, forks, (one + rest) / one))
+    return rows

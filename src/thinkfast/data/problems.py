@@ -32,8 +32,10 @@ def refuse(line: str) -> None:
     raise BadInput(line)
 
 
-def load_problems(path: Path | str, complain: Complain = refuse) -> list[Problem]:
+def load_problems(path: Path | str, complain: Complain = refuse, answers: bool = True) -> list[Problem]:
     """Reads a set; a row without `id` is called by its number.
+
+    answers: False for open-ended prompts, whose answers are not read and are "".
 
     Raises BadInput naming the file for a missing file and an empty set. `complain` gets a line with the file, the row
     and the field for a broken row, a missing or empty problem or answer, and an id that occurs twice; such a row is
@@ -43,15 +45,17 @@ def load_problems(path: Path | str, complain: Complain = refuse) -> list[Problem
     if not source.is_file():
         raise BadInput(f"{source}: no problem file there")
     rows = _parquet(source) if source.suffix == ".parquet" else _jsonl(source, complain)
-    return collect_problems(str(source), rows, complain)
+    return collect_problems(str(source), rows, complain, answers)
 
 
-def collect_problems(source: str, rows: Iterable[tuple[int, Any]], complain: Complain = refuse) -> list[Problem]:
+def collect_problems(
+    source: str, rows: Iterable[tuple[int, Any]], complain: Complain = refuse, answers: bool = True
+) -> list[Problem]:
     """Problems out of numbered rows; errors as in `load_problems`."""
     found: dict[str, Problem] = {}
     for number, row in rows:
         try:
-            problem = _problem(source, number, row)
+            problem = _problem(source, number, row, answers)
         except BadInput as error:
             complain(str(error))
             continue
@@ -69,11 +73,11 @@ def dump_problems(problems: Iterable[Problem]) -> str:
     return "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
 
 
-def _problem(source: str, number: int, row: Any) -> Problem:
+def _problem(source: str, number: int, row: Any, answers: bool) -> Problem:
     if not isinstance(row, dict):
         raise BadInput(f"{source}: row {number}: expected an object, got {type(row).__name__}")
-    texts = {}
-    for field in ("problem", "answer"):
+    texts = {"answer": ""}
+    for field in ("problem", "answer") if answers else ("problem",):
         value = row.get(field)
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)

@@ -57,17 +57,17 @@ SETS = {
 }
 
 
-def open_problems(source: str | Path, complain: Complain = refuse) -> list[Problem]:
+def open_problems(source: str | Path, complain: Complain = refuse, answers: bool = True) -> list[Problem]:
     """A set by name ("math500"; "gsm8k:train" for the split to learn from), or a JSONL, JSONL.gz or Parquet file.
 
     A name wins over a file only where no such file exists. `complain` gets one line for every unusable row; by default
-    the first one raises BadInput. Raises BadInput for an unknown name, and as `load_problems` does.
+    the first one raises BadInput. Raises BadInput for an unknown name, and as `load_problems` does, also of `answers`.
     """
     name, _, split = str(source).partition(":")
     if Path(source).exists() or name not in SETS:
         if not Path(source).exists() and "." not in str(source) and "/" not in str(source):
             raise BadInput(f"{source}: neither a problem file nor one of {', '.join(SETS)}")
-        return load_problems(source, complain)
+        return load_problems(source, complain, answers)
     known = SETS[name]
     if split not in ("", known.split, known.train):
         raise BadInput(f"{source}: split {split!r}, expected {' or '.join(s for s in (known.split, known.train) if s)}")

@@ -26,13 +26,15 @@ Document = Sequence[list[int]]
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where rows come from: a file, a pattern of files such as `data/*.parquet`, or `hf:owner/name` with its
-    configuration and split. `weight` is its share of the tokens, relative to the other sources'."""
+    configuration and split. `weight` is its share of the tokens, relative to the other sources'; `text` and `solution`
+    are what its columns of that meaning are called."""
 
     path: str
     weight: float = 1.0
     split: str = "train"
     config: str | None = None
     text: str = "text"
+    solution: str = "solution"
 
     def files(self) -> list[Path]:
         """The files on this machine. Raises BadInput where there are none."""
@@ -83,8 +85,8 @@ def documents(source: Source, tokenizer: Tokenizer) -> Iterator[Document]:
             raise BadInput(f"{where}: expected an object, got {type(row).__name__}")
         if "messages" in row:
             yield conversation(row["messages"], tokenizer, where)
-        elif "problem" in row or "solution" in row:
-            problem, solution = (_text(row, name, where) for name in ("problem", "solution"))
+        elif "problem" in row or source.solution in row:
+            problem, solution = (_text(row, name, where) for name in ("problem", source.solution))
             yield render_prompt(tokenizer, problem), [*tokenizer.encode(solution), tokenizer.eos_id]
         elif source.text in row:
             # What the tokenizer itself puts before a text: Llama's models need their first token to be that one.
@@ -92,7 +94,8 @@ def documents(source: Source, tokenizer: Tokenizer) -> Iterator[Document]:
             yield begin, [*tokenizer.encode(_text(row, source.text, where)), tokenizer.eos_id]
         else:
             raise BadInput(
-                f"{where}: expected messages, problem and solution, or {source.text}; it has {', '.join(map(str, row))}"
+                f"{where}: expected messages, problem and {source.solution}, or {source.text}; "
+                f"it has {', '.join(map(str, row))}"
             )
 
 

@@ -225,9 +225,9 @@ def cost_document(cost: Cost) -> dict[str, Any]:
     }
 
 
-def peak_here(device: torch.device) -> float | None:
+def peak_here(device: str) -> float | None:
     """The stated peak of this machine's GPU in FLOP a second; None for one that is not known, and for a CPU."""
-    if device.type != "cuda":
+    if device == "cpu":
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
     return next((card.peak for key, card in CARDS.items() if key.split("-")[0] in name), None)

@@ -156,13 +156,13 @@ class NativeMemory:
         return kept
 
     def fork(self, kept: Kept, slot: int) -> None:
-        self.resume(kept, slot, share=True)
+        self.resume(kept, slot)
 
-    def resume(self, kept: Kept, slot: int, share: bool) -> None:
-        """`fork`; without `share` onto keys and values of its own, as if the slot had drawn the tokens itself."""
+    def resume(self, kept: Kept, slot: int, shared: int | None = None) -> None:
+        """`fork`, but of tokens behind the first `shared` the slot gets keys and values of its own."""
         if isinstance(kept.state, Cache):
             raise ValueError("a torch cache was given to the native backend")
-        self._pool.resume(slot, kept.state, share)
+        self._pool.resume(slot, kept.state, shared)
 
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
         tokens, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)

@@ -213,8 +213,8 @@ class GpuMemory:
         numbers = np.zeros((len(_Rows.names), size), np.int64)
         numbers[0] = self.slots
         columns = (rows, table.token[rows], position, position - self._before[rows], table.key[rows].view(np.int64))
-        for at, column in enumerate((*columns, table.count[rows])):
-            numbers[at, : len(rows)] = column
+        for line, column in enumerate((*columns, table.count[rows])):
+            numbers[line, : len(rows)] = column
         heats = np.ones((2, size))
         for params, at in table.groups(rows):
             places = np.arange(len(rows))[at]
@@ -224,11 +224,11 @@ class GpuMemory:
         held.heats.copy_(torch.from_numpy(heats))
         if self._kv:
             address = np.zeros((len(self._kv), 2, len(there)), np.int64)
-            for at, kept in enumerate(prompts):
+            for place, kept in enumerate(prompts):
                 for row, layer in enumerate(self._kv):
                     cache = None if kept is None else _cache_of(kept).layers[layer]
                     if isinstance(cache, AttentionCache):
-                        address[row, :, at] = cache.keys.data_ptr(), cache.values.data_ptr()
+                        address[row, :, place] = cache.keys.data_ptr(), cache.values.data_ptr()
             held.address.copy_(torch.from_numpy(address[:, :, at_block]))
         held.tick.zero_()
         return held

@@ -138,7 +138,7 @@ class LiveEngine:
         self._wake = threading.Condition()
         self._pace, self._flushed = 0.0, 0.0
         self._stepped = math.inf  # when the step before this one ended, where nothing but work lies between
-        self._refusing = False
+        self._refusing, self._settled = False, True  # settled: every prompt is fed and has had its turn
         self._thread = threading.Thread(target=self._run, name="thinkfast-engine", daemon=True)
         self._thread.start()
 
@@ -170,7 +170,7 @@ class LiveEngine:
         def enter() -> None:
             tokens = ticket.prefix.tokens
             alike = next((t.prefix for t in self._live if t.prefix.tokens == tokens), None) or self._shelf.take(tokens)
-            ticket.prefix = alike or ticket.prefix
+            ticket.prefix, self._settled = alike or ticket.prefix, False
             self._live.append(ticket)
 
         self.command(enter)
@@ -284,7 +284,7 @@ class LiveEngine:
 
     def _unfed(self) -> list[Prefix]:
         """The prompts to feed, by deadline; no more are begun than there is memory for."""
-        if all(ticket.prefix.ready for ticket in self._live):
+        if self._settled or all(ticket.prefix.ready for ticket in self._live):
             return []
         prefixes = dict.fromkeys(t.prefix for t in sorted(self._live, key=lambda t: t.deadline))
         taken = sum(prefix.size for prefix in prefixes if prefix.kept is not None)
@@ -298,8 +298,10 @@ class LiveEngine:
 
     def _admit(self) -> None:
         """Hands out the slots."""
+        if self._settled and self._table.active.all():
+            return
         ready = [ticket for ticket in self._live if ticket.prefix.ready]
-        new = [ticket for ticket in ready if ticket.new]
+        new, self._settled = [ticket for ticket in ready if ticket.new], len(ready) == len(self._live)
         free = np.flatnonzero(~self._table.active).tolist()
         if not free and not new:
             return

@@ -68,6 +68,8 @@ def _parameters(config: DecoderConfig, kinds: tuple[str, ...]) -> int:
         count += 2 * hidden + 3 * hidden * config.intermediate_size
         if kind == ATTENTION or mamba is None:
             count += 2 * hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
+            count += config.head_dim * (config.num_heads + 2 * config.num_kv_heads) if config.qkv_bias else 0
+            count += 2 * config.head_dim if config.qk_norm else 0
         else:
             count += hidden * (mamba.in_proj_rows + mamba.d_inner) + mamba.conv_dim * (mamba.d_conv + 1)
             count += 3 * mamba.n_heads + mamba.d_inner

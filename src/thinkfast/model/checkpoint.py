@@ -140,6 +140,7 @@ def write_directory(
         _write_json(staging / GENERATION, {"_from_model_config": True} | tokens)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stock.items()}
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        (staging / WEIGHTS).chmod((staging / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
         if tokenizer_from is not None:
             for name in TOKENIZER_FILES:
                 if (source := Path(tokenizer_from) / name).exists():

@@ -76,11 +76,65 @@ def curves(
     for name, table in tables.items():
         _check(name, table, problems)
 
-    weights = bootstrap_weights(problems, replicates, seed)
-    fewest = min(int(np.bincount(table.problem, minlength=problems).min()) for table in tables.values())
-    sizes = [k for k in ks if k <= fewest]
+    sizes = _enough(tables, problems, ks)
     by_k = {name: values_by_k(table, problems, sizes, seed) for name, table in tables.items()}
     by_time = {name: values_by_time(table, problems, grid) for name, table in tables.items()}
+    return _document(tables, problems, baseline, grid, sizes, by_k, by_time, (seed, replicates, confidence))
+
+
+def reward_curves(
+    tables: Mapping[str, Table],
+    problems: int,
+    baseline: str,
+    seconds: ArrayLike,
+    ks: Sequence[int],
+    seed: int,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """`curves` for prompts without a right answer: one metric, `reward`, that of the best scored sample so far.
+
+    Every table needs scores; classes and verdicts are not read. At a budget at which a prompt has no sample yet it
+    counts with the lowest score of any sample of any model.
+    """
+    grid = np.asarray(seconds, dtype=np.float64)
+    scores = {name: table.score for name, table in tables.items() if table.score is not None}
+    if baseline not in tables or len(scores) < len(tables):
+        raise BadInput(
+            f"baseline = {baseline!r}, scores of {', '.join(scores) or 'none'}: expected all of {', '.join(tables)}"
+        )
+    worst = min(float(score.min()) for score in scores.values())
+    sizes = _enough(tables, problems, ks)
+    by_k, by_time = {}, {}
+    for name, table in tables.items():
+        _check(name, table, problems)
+        score, everybody = scores[name], np.ones(len(table.problem), dtype=bool)
+        by_k[name] = {"reward": best_at_k(table.problem, score, everybody, score, problems, sizes)}
+        best = np.full((problems, len(grid) + 1), worst)
+        np.maximum.at(best, (table.problem, np.searchsorted(grid * problems, table.t_end)), score)
+        by_time[name] = {"reward": np.maximum.accumulate(best, axis=1)[:, :-1]}
+    return _document(tables, problems, baseline, grid, sizes, by_k, by_time, (seed, replicates, confidence))
+
+
+def _enough(tables: Mapping[str, Table], problems: int, ks: Sequence[int]) -> list[int]:
+    """Those ks for which every problem has enough samples of every model."""
+    fewest = min(int(np.bincount(table.problem, minlength=problems).min()) for table in tables.values())
+    return [k for k in ks if k <= fewest]
+
+
+def _document(
+    tables: Mapping[str, Table],
+    problems: int,
+    baseline: str,
+    grid: Floats,
+    sizes: Sequence[int],
+    by_k: Mapping[str, Mapping[str, Floats]],
+    by_time: Mapping[str, Mapping[str, Floats]],
+    resampling: tuple[int, int, float],
+) -> dict[str, Any]:
+    """The document of `curves.json` from values per problem; resampling: seed, replicates and confidence."""
+    seed, replicates, confidence = resampling
+    weights = bootstrap_weights(problems, replicates, seed)
     differences: dict[str, dict[str, Any]] = {}
     wins: list[dict[str, Any]] = []
     for name in (name for name in tables if name != baseline):
@@ -95,7 +149,7 @@ def curves(
         "problems": problems,
         "confidence": confidence,
         "replicates": replicates,
-        "k": sizes,
+        "k": list(sizes),
         "seconds": grid.tolist(),
         "by_k": {name: _summary(values, weights, confidence) for name, values in by_k.items()},
         "by_time": {

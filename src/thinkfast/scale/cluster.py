@@ -19,10 +19,11 @@ from thinkfast.records import Failed
 
 if TYPE_CHECKING:
     from thinkfast.engine.sampling import Sample, SamplingParams
+    from thinkfast.scale.endpoints import Completion
 
 Pair = tuple[int, int]
-Stream = Callable[[Collection[Pair], float, float], Iterator[tuple[int, int, "Sample"]]]
-"""Takes the pairs already drawn, the clock's start and its deadline."""
+Stream = Callable[[Collection[Pair], float, float], Iterator[tuple[int, int, "Sample | Completion"]]]
+"""Takes the pairs already drawn, the clock's start and its deadline; yields prompt index, sample index, sample."""
 
 ROUNDS_A_PORTION = 4
 DEATHS_IN_A_ROW = 8

@@ -17,9 +17,11 @@ _WORK = 1.5e7  # samples times resamples that weighted_at_k may look at
 
 
 def best_at_k(
-    problem: Ints, score: Floats, answered: Bools, correct: Bools, problems: int, ks: Sequence[int]
+    problem: Ints, score: Floats, answered: Bools, worth: Bools | Floats, problems: int, ks: Sequence[int]
 ) -> Floats:
-    """Probability that the best scored of a random k-subset is right, (problems, ks); exact.
+    """What the best scored of a random k-subset is worth in the mean, (problems, ks); exact.
+
+    worth: whether a sample is right, which gives the probability that the best scored one is; or any number.
 
     A sample without an answer never wins; equal scores share evenly. The sample at rank r among the answered wins when
     it is drawn and none above it is: C(n-1-r, k-1) / C(n, k). Raises BadInput unless 1 <= k <= n for every problem.
@@ -44,7 +46,7 @@ def best_at_k(
         chance = np.zeros(len(order))
         chance[able] = k * np.exp(chosen - all_ways)
         shared = (np.bincount(tie, weights=chance) / size)[tie]
-        value[:, column] = np.bincount(owner, weights=shared * correct[order], minlength=problems)
+        value[:, column] = np.bincount(owner, weights=shared * worth[order], minlength=problems)
     return value
 
 

@@ -178,6 +178,9 @@ class RewardModel:
         self._device = device
         # The file as it stands: by the model type, AutoTokenizer would put rules of its own over it.
         self._tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model_dir)
+        config = records.read_json(model_dir / "config.json")
+        if len(self._tokenizer) > config.get("vocab_size", math.inf):
+            raise BadInput(f"{model_dir}: the tokenizer has more tokens than the model, it is another model's")
         if self.layout == PREFERENCE:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(model_dir)
             if model.config.num_labels != 1:
@@ -188,8 +191,6 @@ class RewardModel:
         auto = transformers.AutoModelForCausalLM if kind == "language" else transformers.AutoModel
         self._model = auto.from_pretrained(model_dir).eval().to(device)
         self._head = None if kind == "language" else _head(model_dir, kind, device)
-        if len(self._tokenizer) > self._model.get_input_embeddings().num_embeddings:
-            raise BadInput(f"{model_dir}: the tokenizer has more tokens than the model, it is another model's")
         self._check_marks(model_dir)
 
     def _check_marks(self, model_dir: Path) -> None:

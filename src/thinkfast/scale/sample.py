@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,9 @@ from thinkfast.data.tokenizer import load_tokenizer
 from thinkfast.errors import BadInput
 from thinkfast.recipe import SampleSettings
 from thinkfast.records import SampleRow
-from thinkfast.scale import cluster
+from thinkfast.scale import cluster, endpoints
 from thinkfast.scale.adaptive import LiveVotes
+from thinkfast.scale.endpoints import Completion
 
 if TYPE_CHECKING:
     from thinkfast.engine.engine import Engine
@@ -57,6 +58,8 @@ def sample_model(
     update: progress.Update = progress.silent,
     prompt: Prompt = PROMPTS["plain"],
     workers: int = 0,
+    backend: str = endpoints.AUTO,
+    draft: Path | None = None,
 ) -> Drawn:
     """Draws up to `settings.n` samples a problem within `settings.seconds` of clock into part files of `out_dir`.
 
@@ -65,6 +68,7 @@ def sample_model(
     everything finished so far is kept and the next call goes on. `update` gets the share that is done, 0 to 1.
     A sample whose logits were not finite is not stored, and drawn again by a call that goes on; run.json counts them.
     prompt: how problems are put; kept in run.json. workers: processes of a Ray cluster; 0 draws in this process.
+    backend: "auto" for our engine, or one of `endpoints.open_endpoint`. draft: a model that guesses ahead for it.
     Raises BadInput for an unusable model, one that changes meanwhile, and when `out_dir` holds samples of other
     settings; Failed when no sample at all had finite logits.
     """
@@ -76,14 +80,22 @@ def sample_model(
     described = settings.model_dump(mode="json", exclude_none=True)
     if prompt != PROMPTS["plain"]:
         described["prompt"] = asdict(prompt)
-    if workers and len(settings.slots) != 1:
-        raise BadInput(f"slots = {list(settings.slots)}: one number is expected when workers draw")
+    if backend != endpoints.AUTO:
+        described["backend"] = backend
+    if draft is not None:
+        read_config(draft)
+        inputs["draft"] = records.hash_path(draft, records.MODEL_FILES)
+    if (backend != endpoints.AUTO) + bool(workers) + (draft is not None) > 1:
+        raise BadInput("a backend, workers and a draft were given, expected one of them")
+    if (workers or backend != endpoints.AUTO) and len(settings.slots) != 1:
+        raise BadInput(f"slots = {list(settings.slots)}: one number is expected when workers or a backend draw")
     with records.locked(out_dir), records.stage(out_dir, name="sample", settings=described, inputs=inputs) as run:
         drawn = _on_disk(run)
         if not run.done:
             if run.resuming:
                 run.note("resumes", [*run.notes.get("resumes", []), {"samples": drawn.samples, "clock": drawn.seconds}])
-            drawn = _draw(model_dir, problems, settings, run, name or model_dir.name, update, prompt, workers)
+            given = (update, prompt, workers, backend, draft)
+            drawn = _draw(model_dir, problems, settings, run, name or model_dir.name, *given)
     return drawn
 
 
@@ -108,6 +120,8 @@ def _draw(
     update: progress.Update,
     prompt: Prompt,
     workers: int,
+    backend: str,
+    draft: Path | None,
 ) -> Drawn:
     from thinkfast.engine.sampling import ERROR, SamplingParams
 
@@ -131,13 +145,16 @@ def _draw(
     over = votes.over if votes else set()
     tokens = before.tokens
 
-    def row(problem: int, index: int, sample: Sample) -> SampleRow:
+    def text_of(sample: Sample | Completion) -> str:
+        return sample.text if isinstance(sample, Completion) else tokenizer.decode(list(sample.token_ids))
+
+    def row(problem: int, index: int, sample: Sample | Completion) -> SampleRow:
         return SampleRow(
             problem_id=problems[problem].id,
             sample_index=index,
             seed=settings.seed,
-            text=tokenizer.decode(list(sample.token_ids)),
-            token_count=len(sample.token_ids),
+            text=text_of(sample),
+            token_count=_length(sample),
             finish_reason=sample.finish_reason,
             t_start=sample.t_start,
             t_end=sample.t_end,
@@ -145,9 +162,14 @@ def _draw(
             model=name,
         )
 
-    here = _in_process(model_dir, prompts, params, settings, run, over)
-    there = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers, over)
-    with there if workers else here as stream, _Writer(run, row, before.seconds) as writer:
+    source: AbstractContextManager[cluster.Stream]
+    if workers:
+        source = cluster.workers(model_dir, prompts, settings.n, params, settings.slots[0], workers, over)
+    elif backend != endpoints.AUTO:
+        source = endpoints.open_endpoint(backend, model_dir, prompts, settings.n, params, settings.slots[0], over)
+    else:
+        source = _in_process(model_dir, prompts, params, settings, run, over, draft)
+    with source as stream, _Writer(run, row, before.seconds) as writer:
         _check_unchanged(model_dir, run)  # all have read it by now
         finished = stream(skip, before.seconds, settings.seconds)
         failed: Counter[int] = Counter()
@@ -157,14 +179,17 @@ def _draw(
                 continue
             writer.add(problem, index, sample)
             if votes:
-                votes.count(problem, tokenizer.decode(list(sample.token_ids)))
-            tokens += len(sample.token_ids)
+                votes.count(problem, text_of(sample))
+            tokens += _length(sample)
             share = max(sample.t_end / settings.seconds, count / (settings.n * len(problems)))
             words = f"{count - failed.total()} samples, {tokens / max(sample.t_end, 1e-9):,.0f} tokens/s"
             update(min(share, 1.0), words + (f", {failed.total()} failed: logits not finite" if failed else ""))
     if workers:
         run.note("slots", {"chosen": settings.slots[0]})
         run.note("engine", {"workers": workers, "threads": 1})
+    if backend != endpoints.AUTO:
+        run.note("slots", {"chosen": settings.slots[0]})
+        run.note("engine", {"backend": backend})
     del run.notes["clock"]
     drawn = _on_disk(run)
     if failed:
@@ -182,6 +207,10 @@ def _draw(
     return drawn
 
 
+def _length(sample: Sample | Completion) -> int:
+    return sample.token_count if isinstance(sample, Completion) else len(sample.token_ids)
+
+
 def _check_unchanged(model_dir: Path, run: records.Stage) -> None:
     """Raises BadInput where the model is not what was hashed when the stage began."""
     if records.hash_path(model_dir, records.MODEL_FILES) != run.record["inputs"]["model"]:
@@ -196,6 +225,7 @@ def _in_process(
     settings: SampleSettings,
     run: records.Stage,
     over: Collection[int],
+    draft: Path | None,
 ) -> Iterator[cluster.Stream]:
     """One engine in this process, warm."""
     import torch
@@ -203,15 +233,20 @@ def _in_process(
     from thinkfast.engine.engine import Engine
     from thinkfast.model.checkpoint import load_model
 
-    model = load_model(model_dir)
-    engine = Engine(model, slots=_slots(model, prompts, params, settings, run))
+    model, guesses = load_model(model_dir), None if draft is None else load_model(draft)
+    engine = Engine(model, slots=_slots(model, guesses, prompts, params, settings, run), draft=guesses)
     run.note("engine", {"backend": engine.backend, "threads": torch.get_num_threads()})
     _trial(engine, prompts[:1], params, deadline=0.5)
     yield lambda skip, clock, deadline: engine.stream(prompts, settings.n, params, deadline, skip, clock, over)
 
 
 def _slots(
-    model: Decoder, prompts: list[list[int]], params: SamplingParams, settings: SampleSettings, run: records.Stage
+    model: Decoder,
+    draft: Decoder | None,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    settings: SampleSettings,
+    run: records.Stage,
 ) -> int:
     """The number of slots that decodes most tokens a second, measured outside the clock once and kept in run.json."""
     from thinkfast.engine.engine import Engine
@@ -221,7 +256,7 @@ def _slots(
     if "slots" not in run.notes:
         rates = {}
         for slots in settings.slots:
-            engine = Engine(model, slots=slots)
+            engine = Engine(model, slots=slots, draft=draft)
             _trial(engine, prompts[:1], params, deadline=0.5)
             rates[slots] = _trial(engine, prompts, params, deadline=settings.trial_seconds)
         chosen = max(rates, key=lambda slots: rates[slots])
@@ -240,9 +275,11 @@ def _trial(engine: Engine, prompts: list[list[int]], params: SamplingParams, dea
 class _Writer:
     """Stores finished samples, and the clock they reach, from a thread of its own until the block ends."""
 
-    def __init__(self, run: records.Stage, row: Callable[[int, int, Sample], SampleRow], clock: float) -> None:
+    def __init__(
+        self, run: records.Stage, row: Callable[[int, int, Sample | Completion], SampleRow], clock: float
+    ) -> None:
         self._run, self._row, self._clock_start = run, row, clock
-        self._pending: list[tuple[int, int, Sample]] = []
+        self._pending: list[tuple[int, int, Sample | Completion]] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._error: OSError | None = None
@@ -259,7 +296,7 @@ class _Writer:
         self._thread.join()
         self._check()
 
-    def add(self, problem: int, index: int, sample: Sample) -> None:
+    def add(self, problem: int, index: int, sample: Sample | Completion) -> None:
         """Takes a sample; raises the OSError that stopped the thread, if one did."""
         self._check()
         with self._lock:

@@ -229,6 +229,8 @@ def load_verifier(directory: Path) -> tuple[Verifier, Tokenizer]:
         if not (directory / name).is_file():
             raise BadInput(f"{directory / name}: missing: not a verifier made by train-reward")
     tokenizer, decoder = load_tokenizer(directory), load_model(directory)
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise BadInput(f"{directory}: the tokenizer has more tokens than the model, it is another model's")
     model = Verifier(decoder, step_ends(tokenizer, decoder.config.vocab_size))
     tensors = load_file(directory / HEAD)
     if tensors["head.weight"].shape != model.head.weight.shape:

@@ -127,6 +127,7 @@ class Desk:
                 asked.min_samples,
                 asked.stops,
                 self.judge,
+                asked.return_samples,
             )
         else:
             watch = stream or bool(asked.stops) or asked.likeliest is not None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from thinkfast.serve.app import Limits
 
 GRACE = 10.0
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 CONNECTIONS = 1024
 
 
@@ -70,8 +70,10 @@ def serve_models(
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     log = logging.getLogger("thinkfast.serve")
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
+    for name, level in (("thinkfast.serve", logging.INFO), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
         models = []

@@ -23,7 +23,8 @@ Inbox = asyncio.Queue[Event | Chain | JudgeFailed]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to spend a budget. started, deadline: `time.monotonic()`. n: chains at most. judge: a reward model."""
+    """How to spend a budget. started, deadline: `time.monotonic()`. n: chains at most. judge: a reward model.
+    cut: chains that the deadline cut off have a text, too."""
 
     problem: str
     prompt: tuple[int, ...]
@@ -35,6 +36,7 @@ class Plan:
     min_samples: int = 1
     stops: tuple[str, ...] = ()
     judge: Judge | None = None
+    cut: bool = False
 
     @property
     def ballot(self) -> Ballot:
@@ -193,7 +195,8 @@ async def _next(inbox: Inbox, moment: float) -> Event | Chain | JudgeFailed | No
 
 def _chain(served: Served, drawn: Drawn, plan: Plan) -> Chain:
     sample = drawn.sample
-    text, stopped = cut_at_stop(served.tokenizer.decode(list(sample.token_ids)), plan.stops)
+    wanted = plan.cut or sample.finish_reason != DEADLINE or plan.stops
+    text, stopped = cut_at_stop(served.tokenizer.decode(list(sample.token_ids)) if wanted else "", plan.stops)
     reason = "stop" if stopped else sample.finish_reason
     seconds = time.monotonic() - plan.started
     return parse_chain(drawn.index, text, len(sample.token_ids), seconds, reason, sample.logprob_sum)

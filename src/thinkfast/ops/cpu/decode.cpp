@@ -25,7 +25,8 @@ struct Scratch {
     std::vector<float> x, normed, wide, middle, logits;
     std::vector<Query> queries;
     struct Mine {
-        std::vector<float> steps, decays, scores, weights;
+        std::vector<float> steps, decays, scores;
+        std::vector<double> weights;
         std::vector<Query*> list;
         std::vector<const char*> table;
         std::vector<int> ids;
@@ -102,9 +103,8 @@ struct Pool {
             for (int r = begin; r < end; r++) {
                 const char** table = &mine.table[(size_t)(r - begin) * kChunk];
                 if (rows[r].position < from) continue;
-                // Beside longer rows a row meets pages it has not got: its last one then, whose weights are zero there.
-                int own = std::min(kChunk, (rows[r].position - from) / kPage + 1);
-                for (int p = 0; p < kChunk; p++) table[p] = p < own ? keys(r, c * kChunk + p) : table[own - 1];
+                // Places behind the row's end are read along with its neighbours' and masked: any page of its own will do.
+                for (int p = 0; p < kChunk; p++) table[p] = keys(r, c * kChunk + p);
                 for (int h = 0; h < share; h++) {
                     Query& q = queries[(size_t)r * m.heads + head * share + h];
                     q.pages = table;
@@ -373,14 +373,26 @@ void* tf_keep(void* pool, int32_t slot, int32_t length) {
     }
 }
 
-// Makes a slot go on from a kept state, on the same pages where `share`. Returns 1 where no page is left.
-int32_t tf_resume(void* pool, int32_t slot, const void* kept, int32_t share) {
+// Makes a slot go on from a kept state, on the same pages for the first `shared` tokens. Returns 1 where no page is left.
+int32_t tf_resume(void* pool, int32_t slot, const void* kept, int32_t shared) {
     try {
-        static_cast<tf::Pool*>(pool)->memory.resume(slot, *static_cast<const tf::Kept*>(kept), share != 0);
+        static_cast<tf::Pool*>(pool)->memory.resume(slot, *static_cast<const tf::Kept*>(kept), shared);
     } catch (const std::bad_alloc&) {
         return 1;
     }
     return 0;
+}
+
+// The bytes of a kept state, pages first: how many, and where `to` is not null what they are.
+int64_t tf_kept_bytes(void* pool, const void* handle, char* to) {
+    auto& store = static_cast<tf::Pool*>(pool)->memory.store();
+    auto& kept = *static_cast<const tf::Kept*>(handle);
+    size_t states = sizeof(float) * kept.states.size();
+    if (to) {
+        for (int page : kept.pages) to = static_cast<char*>(std::memcpy(to, store.at(page), store.bytes())) + store.bytes();
+        std::memcpy(to, kept.states.data(), states);
+    }
+    return (int64_t)(store.bytes() * kept.pages.size() + states);
 }
 
 void tf_kept_free(void* pool, void* kept) {

@@ -14,7 +14,7 @@ struct MambaShape {
     int inner() const { return heads * head_dim; }
     int channels() const { return inner() + 2 * groups * state; }
     int channels_padded() const { return round_up(channels(), kSpare); }
-    int head_padded() const { return round_up(head_dim, kLanes); }
+    int head_padded() const { return round_up(head_dim, 8); }
     // Floats one slot keeps a layer: the ring of past convolution inputs, then the state.
     size_t ring_size() const { return (size_t)(taps - 1) * channels_padded(); }
     size_t slot_size() const { return ring_size() + (size_t)heads * head_padded() * state; }
@@ -35,7 +35,7 @@ static void convolve(const MambaShape& s, const MambaWeights& w, float* ring, fl
     for (int j = 0; j < past; j++) rows[j] = ring + (size_t)((position + j) % past) * ld;
     if (position == 0)
         for (int j = 0; j < past; j++) std::fill(rows[j] + first, rows[j] + last, 0.0f);
-    for (int c = first; c < last; c += kLanes) {
+    for (int c = first; c < std::min(last, s.channels()); c += kLanes) {
         vec x = load(channels + c), y = load(w.conv_bias.data() + c);
         for (int j = 0; j < past; j++) y += load(rows[j] + c) * load(w.conv.data() + (size_t)j * ld + c);
         y += x * load(w.conv.data() + (size_t)past * ld + c);
@@ -46,31 +46,32 @@ static void convolve(const MambaShape& s, const MambaWeights& w, float* ring, fl
     }
 }
 
-// V vectors of channels of one head: state (N, V) = decay * state + b * (dt x); y = sum over n of c * state + d * x.
+// V vectors X of channels of one head: state (N, V) = decay * state + b * (dt x); y = sum over n of c * state + d * x.
 // Meanwhile fetches as much of what is read next.
-template <int V>
+template <class X, int V>
 static void sweep(float* state, const float* next, int n_state, float decay, float dt, float d, const float* x, const float* b, const float* c, float* y) {
-    vec input[V], acc[V];
+    constexpr int lanes = sizeof(X) / sizeof(float);
+    X input[V], acc[V];
 #pragma GCC unroll 8
     for (int i = 0; i < V; i++) {
-        vec here = load(x + kLanes * i);
+        X here = load<X>(x + lanes * i);
         input[i] = here * dt;
         acc[i] = here * d;
     }
 #pragma GCC unroll 2
-    for (int n = 0; n < n_state; n++, state += kLanes * V, next += kLanes * V) {
-        fetch(next, sizeof(vec) * V);
-        vec bn = splat(b[n]), cn = splat(c[n]);
+    for (int n = 0; n < n_state; n++, state += lanes * V, next += lanes * V) {
+        fetch(next, sizeof(X) * V);
+        X bn = splat<X>(b[n]), cn = splat<X>(c[n]);
 #pragma GCC unroll 8
         for (int i = 0; i < V; i++) {
-            vec s = load(state + kLanes * i) * decay;
+            X s = load<X>(state + lanes * i) * decay;
             s += bn * input[i];
-            store(state + kLanes * i, s);
+            store(state + lanes * i, s);
             acc[i] += cn * s;
         }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < V; i++) store(y + kLanes * i, acc[i]);
+    for (int i = 0; i < V; i++) store(y + lanes * i, acc[i]);
 }
 
 // Steps and decays of all heads; both have room for a whole vector behind their end.
@@ -93,16 +94,16 @@ static inline void update_state(const MambaShape& s, const MambaWeights& w, floa
         const float* b = xbc + s.inner() + (size_t)(h / (s.heads / s.groups)) * s.state;
         const float* c = b + (size_t)s.groups * s.state;
         for (int begin = 0; begin < s.head_dim;) {
-            int left = s.head_padded() - begin, take = left >= 4 * kLanes ? 4 : left >= 2 * kLanes ? 2 : 1;
-            auto run = take == 4 ? sweep<4> : take == 2 ? sweep<2> : sweep<1>;
             float part[4 * kLanes];  // where a head ends within a vector, the next one may be another thread's
+            int left = s.head_padded() - begin, take = left >= 4 * kLanes ? 4 * kLanes : left >= 2 * kLanes ? 2 * kLanes : left >= kLanes ? kLanes : 8;
+            auto run = take == 4 * kLanes ? sweep<vec, 4> : take == 2 * kLanes ? sweep<vec, 2> : take == kLanes ? sweep<vec, 1> : sweep<v8, 1>;
             size_t at = (size_t)h * s.head_dim + begin;
-            bool whole = begin + take * kLanes <= s.head_dim;
+            bool whole = begin + take <= s.head_dim;
             run(here, after, s.state, decays[h], steps[h], w.d[h], xbc + at, b, c, whole ? y + at : part);
             if (!whole) std::memcpy(y + at, part, sizeof(float) * (s.head_dim - begin));
-            begin += take * kLanes;
-            here += (size_t)kLanes * take * s.state;
-            after += (size_t)kLanes * take * s.state;
+            begin += take;
+            here += (size_t)take * s.state;
+            after += (size_t)take * s.state;
         }
     }
 }

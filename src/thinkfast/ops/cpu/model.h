@@ -165,14 +165,14 @@ class Memory {
         kept->states.resize((size_t)m_.mamba_layers * m_.mamba.slot_size());
         for (int layer = 0; layer < m_.mamba_layers; layer++)
             std::memcpy(&kept->states[(size_t)layer * m_.mamba.slot_size()], mamba(slot, layer), sizeof(float) * m_.mamba.slot_size());
-        if (m_.attention_layers) kept->pages = same(pages_[slot], length, true);
+        if (m_.attention_layers) kept->pages = same(pages_[slot], length, length);
         return kept;
     }
 
-    // Makes a slot go on from a kept state, on the same pages where `share`.
-    void resume(int slot, const Kept& kept, bool share) {
+    // Makes a slot go on from a kept state, on the same pages for the first `shared` tokens.
+    void resume(int slot, const Kept& kept, int shared) {
         clear(slot);
-        if (m_.attention_layers) pages_[slot] = same(kept.pages, kept.length, share);
+        if (m_.attention_layers) pages_[slot] = same(kept.pages, kept.length, shared);
         for (int layer = 0; layer < m_.mamba_layers; layer++)
             std::memcpy(mamba(slot, layer), &kept.states[(size_t)layer * m_.mamba.slot_size()], sizeof(float) * m_.mamba.slot_size());
     }
@@ -180,9 +180,9 @@ class Memory {
     size_t page_bytes() const { return (size_t)m_.attention_layers * m_.kv_heads * 2 * kPage * m_.dim * (half_ ? 2 : 4); }
 
    private:
-    // The same tokens in whole pages, shared or copied, and a copy of the last, begun page.
-    std::vector<int> same(const std::vector<int>& pages, int length, bool share) {
-        int whole = share ? length / kPage : 0, all = (length + kPage - 1) / kPage;
+    // The same tokens: the first `shared` on the same pages as far as they fill them, the rest on copies.
+    std::vector<int> same(const std::vector<int>& pages, int length, int shared) {
+        int whole = std::min(shared, length) / kPage, all = (length + kPage - 1) / kPage;
         std::vector<int> to(pages.begin(), pages.begin() + whole);
         to.reserve(all);
         for (int page : to) store_.share(page);

@@ -80,6 +80,7 @@ def library() -> ctypes.CDLL:
         "tf_prefill": (i32, [pointer, i32, *[pointer] * 4]),
         "tf_keep": (pointer, [pointer, i32, i32]),
         "tf_resume": (i32, [pointer, i32, pointer, i32]),
+        "tf_kept_bytes": (i64, [pointer, pointer, pointer]),
         "tf_kept_free": (None, [pointer, pointer]),
         "tf_clear": (None, [pointer, i32]),
         "tf_sizes": (None, [pointer, pointer]),
@@ -132,6 +133,18 @@ class NativeKept:
         self.pool, self.handle, self.length = pool, handle, length
         # The callback holds the pool, which therefore outlives the state.
         weakref.finalize(self, _drop, pool, handle)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes; those of whole pages are shared with the samples drawn from it."""
+        size: int = self.pool._lib.tf_kept_bytes(self.pool._handle, self.handle, None)
+        return size
+
+    def contents(self) -> NDArray[np.uint8]:
+        """What it holds, page by page, then the Mamba states."""
+        held = np.empty(self.nbytes, np.uint8)
+        self.pool._lib.tf_kept_bytes(self.pool._handle, self.handle, _address(held))
+        return held
 
 
 def _drop(pool: NativePool, handle: int) -> None:
@@ -210,14 +223,14 @@ class NativePool:
         self._check(not handle)
         return NativeKept(self, handle, length)
 
-    def resume(self, slot: int, kept: NativeKept, share: bool = True) -> None:
-        """Makes a slot go on from a kept state. Without `share` it gets keys and values of its own.
+    def resume(self, slot: int, kept: NativeKept, shared: int | None = None) -> None:
+        """Makes a slot go on from a kept state, sharing the pages of its first `shared` tokens, by default of all.
 
         Raises MemoryError where no page is left.
         """
         if kept.pool is not self:
             raise ValueError("a kept state belongs to the pool that made it")
-        self._check(self._lib.tf_resume(self._handle, slot, kept.handle, int(share)))
+        self._check(self._lib.tf_resume(self._handle, slot, kept.handle, kept.length if shared is None else shared))
 
     def clear(self, slot: int) -> None:
         """Gives the pages of a slot back."""

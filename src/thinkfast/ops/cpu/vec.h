@@ -96,6 +96,31 @@ TF_INLINE V exp_upto88(V x) {
     return x < lowest ? V{} : y * (V)power;
 }
 
+// exp(x) for x <= 0 in double precision, about 1 ulp: the series to r^13 on |r| <= log(2) / 2. Zero below -700.
+TF_INLINE v8d exp_negative(v8d x) {
+    typedef decltype(x < x) ints;
+    const v8d lowest = -700.0 - v8d{}, round = 6755399441055744.0 - v8d{};
+    v8d near = x < lowest ? lowest : x;
+    v8d shifted = near * 1.4426950408889634 + round;
+    v8d n = shifted - round;
+    v8d r = near - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+    v8d y = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+    y = y * r + 1.0 / 39916800.0;
+    y = y * r + 1.0 / 3628800.0;
+    y = y * r + 1.0 / 362880.0;
+    y = y * r + 1.0 / 40320.0;
+    y = y * r + 1.0 / 5040.0;
+    y = y * r + 1.0 / 720.0;
+    y = y * r + 1.0 / 120.0;
+    y = y * r + 1.0 / 24.0;
+    y = y * r + 1.0 / 6.0;
+    y = y * r + 0.5;
+    y = y * r + 1.0;
+    y = y * r + 1.0;
+    ints power = ((ints)shifted << 52) + 0x3ff0000000000000LL;
+    return x < lowest ? v8d{} : y * (v8d)power;
+}
+
 // 1 / x for finite x far from the ends of the range; about one unit in the last place.
 TF_INLINE vec reciprocal(vec x) {
 #ifdef __AVX512F__

@@ -143,9 +143,9 @@ def check_attention(
     cosine, sine = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
     plan = share(which)
     address = torch.tensor([[[shared[p][kind].data_ptr() if p >= 0 else 0 for p in plan[3]] for kind in range(2)]])
-    length = torch.tensor([prompts[p] if p >= 0 else 0 for p in plan[3]])
+    lengths = torch.tensor([prompts[p] if p >= 0 else 0 for p in plan[3]])
     order, first, count = (torch.from_numpy(part).to(device) for part in plan[:3])
-    blocks = Blocks(order, first, count, length.to(device), address.to(device))
+    blocks = Blocks(order, first, count, lengths.to(device), address.to(device))
 
     queries = rotate_and_append(qkv, keys, values, cosine, sine, slots, position, ages)
     got = attend(queries, keys, values, slots, ages, blocks, 0, splits).view(rows, heads, head_dim)
