@@ -114,7 +114,7 @@ def mamba_step(proj: Tensor, weights: StepWeights, states: States, slots: Tensor
         states.g.shape[2],
         *blocks,
         fused,
-        num_warps=4 if blocks[0] * blocks[1] <= 64 * 64 else 8,
+        num_warps=min(max(blocks[0] * blocks[1] // 512, 1), 16),
     )
     return out if fused else gated_norm(mixed, proj[:, :width], weights.norm, weights.groups, weights.eps, out)
 
