@@ -28,7 +28,7 @@ PROMPT, SHARING = (5, 2) if DRY else (512, 64)
 """Tokens of a prompt, and samples of each prompt."""
 GENERATED = (8,) if DRY else (1024, 4096, 16384)
 BATCHES = (2,) if DRY else (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
-STEPS = 2 if DRY else AHEAD
+STEPS = 1 if DRY else AHEAD
 SPARE = 6 * 2**30
 """Bytes of the device that caches leave to activations, graphs and the allocator."""
 

@@ -84,7 +84,7 @@ def scan_errors(heads: int, groups: int, width: int, precision: str) -> dict[str
     weights = [torch.randn(shapes[name], generator=generator, dtype=torch.float64) for name in ("x", "state")]
     outputs = []
     for scan, dtype in ((ssd_naive, torch.float64), (ssd_fused, SINGLE)):
-        leaves = {name: tensor.to(DEVICE, dtype).requires_grad_() for name, tensor in tensors.items()}
+        leaves = {name: t.detach().to(DEVICE, dtype, copy=True).requires_grad_() for name, t in tensors.items()}
         how = {} if scan is ssd_naive else {"precision": precision}
         y, last = scan(**leaves, **how)
         sum((out * weight.to(DEVICE, dtype)).sum() for out, weight in zip((y, last), weights, strict=True)).backward()

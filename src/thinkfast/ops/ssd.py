@@ -211,10 +211,11 @@ class _ChunkedScan(torch.autograd.Function):
         # dt A at t acts on every pair (i >= t > j), on what i >= t reads, and on what j < t leaves to the next chunk.
         # Pairs i = j would cancel only up to rounding, which a large A makes visible.
         dpairs.diagonal(dim1=1, dim2=2).zero_()
-        dread += dpairs.sum(2) - dpairs.sum(1)
+        # Sums over rows and columns differ by what is left of large numbers: in float32 little would be.
+        dread = dread.double() + dpairs.sum(2, dtype=torch.float64) - dpairs.sum(1, dtype=torch.float64)
         dkept = (kept * dstates[:, 1:] * states[:, :-1]).sum((-1, -2)).view(-1, 1)
         dlog = dread.flip(-1).cumsum(-1).flip(-1) + F.pad(dwrite[:, :-1].cumsum(-1), (1, 0)) + dkept
-        dlog = _join(dlog[..., None], (*x.shape[:3], 1)).squeeze(-1)
+        dlog = _join(dlog.to(x.dtype)[..., None], (*x.shape[:3], 1)).squeeze(-1)
         dv = _join(dv, x.shape)
         by_head = (*x.shape[:3], b.shape[-1])
         db, dc = _join(db, by_head), _join(dc, by_head)
