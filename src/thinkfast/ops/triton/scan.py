@@ -37,8 +37,8 @@ def ssd_fused(
     """Same as `thinkfast.ops.ssd.ssd_naive`, in float32; differentiable once, in every tensor.
 
     x (B, L, H, P), dt (B, L, H), A (H,), B and C (B, L, G, N), D (H,), state (B, H, P, N) -> y and the last state.
-    chunk: positions a step, at most 64 (32 for P or N above 64), rounded up to a power of two. precision: of matrix products, "ieee", "tf32x3"
-    or "tf32". Raises ValueError for P or N above 128.
+    chunk: positions a step, at most 64 (32 for P or N above 64), rounded up to a power of two. precision: of matrix
+    products, "ieee", "tf32x3" or "tf32". Raises ValueError for P or N above 128.
     """
     if x.shape[3] > MAX_WIDTH or B.shape[3] > MAX_WIDTH:
         raise ValueError(f"head_dim is {x.shape[3]} and d_state {B.shape[3]}, expected at most {MAX_WIDTH} of each")
@@ -77,7 +77,8 @@ class _Scan(torch.autograd.Function):
         grid = (batch, heads, triton.cdiv(head_dim, block_p))
         _scan[grid](
             x, dt, A, B, C, D, state, y, last, states,
-            length, chunks, heads, groups, head_dim, d_state, size, block_p, block_n, keep, precision, num_warps=4, num_stages=1,
+            length, chunks, heads, groups, head_dim, d_state,
+            size, block_p, block_n, keep, precision, num_warps=4, num_stages=1,
         )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, D, states)
         ctx.size, ctx.precision = size, precision
