@@ -86,7 +86,7 @@ def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: 
     for place in range(2, len(wanted), 3):
         seen = []
 
-        def cut(update, seen=seen, place=place):
+        def cut(update, share, seen=seen, place=place):
             def show(*row):
                 seen.append(row)
                 if len(seen) == place:

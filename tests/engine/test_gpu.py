@@ -111,10 +111,10 @@ def test_a_broken_sample_leaves_the_others_alone(small) -> None:
     memory = GpuBackend(small).memory(2, 12)
     table = SlotTable(2, params, small.config.vocab_size, ())
     good, bad = memory.prefill([PROMPTS[0][:-1]])[0], memory.prefill([PROMPTS[0][:-1]])[0]
-    for layer in bad.state.layers:
-        for name in ("values", "state"):
-            if hasattr(layer, name):
-                with torch.inference_mode():
+    with torch.inference_mode():
+        for layer in bad.state.layers:
+            for name in ("values", "state"):
+                if hasattr(layer, name):
                     getattr(layer, name).fill_(float("nan"))
     for slot, kept in enumerate((good, bad)):
         memory.fork(kept, slot)
@@ -147,9 +147,9 @@ def test_bursts_end_with_what_the_rows_need_and_with_the_time(small) -> None:
     memory.fork(memory.prefill([[]])[0], 0)
     table.admit(0, (0, 0), 6, 0, 0, 0.0)
     rows = np.zeros(1, np.int32)
-    assert len(memory.ahead(table, rows, math.inf)[0]) == 1  # nothing is known of the pace yet
-    assert len(memory.ahead(table, rows, math.inf)[0]) == 3
-    assert len(memory.ahead(table, rows, 0.0)[0]) == 1
+    assert len(memory.run_ahead(table, rows, math.inf)[0]) == 1  # nothing is known of the pace yet
+    assert len(memory.run_ahead(table, rows, math.inf)[0]) == 3
+    assert len(memory.run_ahead(table, rows, 0.0)[0]) == 1
 
 
 def test_the_engine_hands_over_whole_bursts(small) -> None:

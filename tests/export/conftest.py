@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from thinkfast.data.tokenizer import load_tokenizer, save_word_tokenizer
-from thinkfast.model.checkpoint import save_model
+from thinkfast.model.checkpoint import save_own
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig, MambaConfig, RopeScaling
 from thinkfast.model.decoder import Decoder
 
@@ -70,7 +70,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not path.exists():
             model = Decoder(replace(base, **{**CHANGES[name], **more}))
             randomise(model)
-            save_model(model.to(dtype), path, tokenizer_from=root / "words")
+            save_own(model.to(dtype), path, tokenizer_from=root / "words")  # stock where a stock layout has it
         return path
 
     return make

@@ -53,8 +53,6 @@ def test_a_model_that_cannot_be_written(
         make_model(
             "hybrid", mamba=replace(ONE, kind=DISCRETE)
         ): "the layers are Discrete Mamba-2, which no stock layout can express: distil the teacher into Mamba-2 layers",
-        make_model("hybrid", qk_norm=True): "the attention layers norm queries and keys, which no layout of a hybrid "
-        "model can express: convert every layer, or take a teacher without QK norm",
         tmp_path / "nothing": "/nothing: no such model directory",
     }.items():
         line = refused([str(source), str(out), "--format", form], capsys)

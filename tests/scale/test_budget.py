@@ -261,5 +261,5 @@ def test_reward_curves_are_the_best_so_far_and_need_no_verdict():
     assert found["k"] == [1]
     assert found["by_k"]["a"]["reward"]["mean"] == [pytest.approx((2.5 + 2.0) / 2)]
     assert found["difference"]["b"]["reward"]["mean"] == [0.0, 0.5, 0.5, 1.0]
-    with pytest.raises(BadInput, match="scores of a: expected those of a, b"):
+    with pytest.raises(BadInput, match="scores of a: expected all of a, b"):
         reward_curves({"a": one, "b": replace(one, score=None)}, 2, "a", [1.0], [1], 0)

@@ -103,7 +103,7 @@ def test_transformers_draws_the_engines_rows(
     sample_model(model, problems, GREEDY, tmp_path / "ours")
     sample_model(model, problems, GREEDY, tmp_path / "theirs", backend="transformers")
     same_rows(tmp_path / "theirs", tmp_path / "ours")
-    assert len({row.text for row in rows(tmp_path / "ours").values()}) == 5
+    assert len({row.text for row in rows(tmp_path / "ours").values()}) > 3, "not one text for all"
     record = records.read_json(tmp_path / "theirs" / "run.json")
     assert record["settings"]["backend"] == record["notes"]["engine"]["backend"] == "transformers"
     with pytest.raises(BadInput, match='was made with backend = "transformers", not null'):

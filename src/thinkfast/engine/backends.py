@@ -49,7 +49,7 @@ class Memory(Protocol):
 class Ahead(Protocol):
     """Memory that takes several steps without the host looking in between."""
 
-    def ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
+    def run_ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
         """Tokens and log-probabilities, each (steps, rows), of as many steps as may be made within `seconds`."""
 
 
@@ -58,7 +58,7 @@ def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: f
     if not isinstance(memory, Ahead):
         yield table.advance(rows, *memory.step(table, rows))
         return
-    for tokens, logprobs in zip(*memory.ahead(table, rows, seconds), strict=True):
+    for tokens, logprobs in zip(*memory.run_ahead(table, rows, seconds), strict=True):
         running = table.active[rows]
         yield table.advance(rows[running], tokens[running], logprobs[running])
 

@@ -174,7 +174,7 @@ class GpuMemory:
         tokens, logprobs = self.burst(table, rows, 1)
         return tokens[0], logprobs[0]
 
-    def ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
+    def run_ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
         """As many steps as may be made within `seconds`, at least one and at most AHEAD, and none that no row needs."""
         left = max(table.params[slot].max_tokens - int(table.count[slot]) for slot in rows.tolist())
         in_time = seconds / self._pace if self._pace else 1.0
