@@ -54,7 +54,7 @@ def scans() -> Iterator[tuple[str, Callable[..., Any]]]:
     for precision in ("tf32", "tf32x3", "ieee"):
         for chunk in (64,) if DRY else (64, 32):
             yield (
-                f"fused {precision} {chunk}",
+                f"fused {precision}, chunks of at most {chunk}",
                 lambda precision=precision, chunk=chunk, **t: ssd_fused(**t, precision=precision, chunk=chunk),
             )
     try:

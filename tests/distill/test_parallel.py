@@ -27,8 +27,12 @@ from thinkfast.ranks import Team
 from thinkfast.student.convert import convert
 from thinkfast.student.plan import LayerPlan
 
+# Small rates: AdamW moves a weight whose gradient is nothing but rounding as far as any other, and the number of
+# processes changes the rounding.
 SETTINGS = {
     "corpus.held_out": 4,
+    "align.lr": 1e-4,
+    "distill.lr": 1e-4,
     "align.tokens": 2000,
     "align.batch_tokens": 200,
     "align.accumulate": 3,

@@ -111,10 +111,10 @@ def test_a_broken_sample_leaves_the_others_alone(small) -> None:
     memory = GpuBackend(small).memory(2, 12)
     table = SlotTable(2, params, small.config.vocab_size, ())
     good, bad = memory.prefill([PROMPTS[0][:-1]])[0], memory.prefill([PROMPTS[0][:-1]])[0]
-    for layer in bad.state.layers:
-        for name in ("values", "state"):
-            if hasattr(layer, name):
-                with torch.inference_mode():
+    with torch.inference_mode():
+        for layer in bad.state.layers:
+            for name in ("values", "state"):
+                if hasattr(layer, name):
                     getattr(layer, name).fill_(float("nan"))
     for slot, kept in enumerate((good, bad)):
         memory.fork(kept, slot)

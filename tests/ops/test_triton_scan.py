@@ -41,7 +41,7 @@ def inputs(batch: int, length: int, heads: int, groups: int, head_dim: int, d_st
 
 
 def with_gradients(scan, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    leaves = {name: tensor.detach().to(dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
     y, last = scan(**leaves)
     for at, out in enumerate((y, last)):
         generator = torch.Generator().manual_seed(at)

@@ -37,14 +37,16 @@ def ssd_fused(
     """Same as `thinkfast.ops.ssd.ssd_naive`, in float32; differentiable once, in every tensor.
 
     x (B, L, H, P), dt (B, L, H), A (H,), B and C (B, L, G, N), D (H,), state (B, H, P, N) -> y and the last state.
-    chunk: positions a step, at most 64, rounded up to a power of two. precision: of matrix products, "ieee", "tf32x3"
-    or "tf32". Raises ValueError for P or N above 128.
+    chunk: positions a step, at most 64 (32 for P or N above 64), rounded up to a power of two. precision: of matrix
+    products, "ieee", "tf32x3" or "tf32". Raises ValueError for P or N above 128.
     """
     if x.shape[3] > MAX_WIDTH or B.shape[3] > MAX_WIDTH:
         raise ValueError(f"head_dim is {x.shape[3]} and d_state {B.shape[3]}, expected at most {MAX_WIDTH} of each")
     if state is None:
         state = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-    size = max(triton.next_power_of_2(min(chunk, CHUNK, x.shape[1])), 16)
+    # The backward pass of longer ones would not fit the 227 KiB of shared memory of a multiprocessor.
+    longest = CHUNK if max(x.shape[3], B.shape[3]) <= MAX_WIDTH // 2 else CHUNK // 2
+    size = max(triton.next_power_of_2(min(chunk, longest, x.shape[1])), 16)
     apply: Callable[..., tuple[Tensor, Tensor]] = _Scan.apply
     return apply(*(t.contiguous() for t in (x, dt, A, B, C, D, state)), size, precision)
 
@@ -75,7 +77,8 @@ class _Scan(torch.autograd.Function):
         grid = (batch, heads, triton.cdiv(head_dim, block_p))
         _scan[grid](
             x, dt, A, B, C, D, state, y, last, states,
-            length, chunks, heads, groups, head_dim, d_state, size, block_p, block_n, keep, precision, num_warps=4,
+            length, chunks, heads, groups, head_dim, d_state,
+            size, block_p, block_n, keep, precision, num_warps=4, num_stages=1,
         )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, D, states)
         ctx.size, ctx.precision = size, precision
@@ -95,7 +98,7 @@ class _Scan(torch.autograd.Function):
         _scan_back[(batch, heads)](
             x, dt, A, B, C, D, states, dy.contiguous(), dlast.contiguous(), dx, by_time, by_head, dstate,
             length, states.shape[2], heads, groups, head_dim, d_state, batch * length * heads,
-            ctx.size, block_p, block_n, ctx.precision, num_warps=8 if block_p * block_n > 64 * 64 else 4,
+            ctx.size, block_p, block_n, ctx.precision, num_warps=8, num_stages=1,
         )  # fmt: skip
         db, dc = by_head.view(2, batch, length, groups, heads // groups, d_state).sum(4)
         dA = (by_time[1] * dt).sum((0, 1))
