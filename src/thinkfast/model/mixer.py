@@ -7,6 +7,7 @@ Shapes: B batch, L length, D hidden, H query heads, P head_dim, N d_state.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import ClassVar
 
@@ -38,7 +39,7 @@ Part = tuple[int, str, str]
 """Of a tensor, or of some rows of one: how many numbers, how it is made from attention, and from what."""
 
 
-class StateMixer(nn.Module):
+class StateMixer(nn.Module, ABC):
     """A mixer that carries a state of fixed size from token to token.
 
     `normed`: its output does not depend on the scale of the recurrence's, position by position.
@@ -49,18 +50,18 @@ class StateMixer(nn.Module):
     out_proj: nn.Linear
 
     @staticmethod
+    @abstractmethod
     def shape_of(teacher: DecoderConfig, n_groups: int | None) -> MambaConfig:
         """The shape that replaces an attention layer of `teacher`. Raises BadInput where there is none."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def parts(config: DecoderConfig, calibrated: bool) -> dict[str, Part]:
         """Every parameter by name, as far as they are made differently, when started with or without a trace."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, attention: Attention, norm_weight: Tensor, trace: Trace | None) -> None:
         """Starts near `attention`, whose inputs are scaled by `norm_weight` (D,); in place, without a gradient."""
-        raise NotImplementedError
 
     def matrix(self, u: Tensor) -> Tensor:
         """What the recurrence multiplies its values by, (B, H, L, L), for inputs u (B, L, D): the counterpart of the
