@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,17 @@ def test_the_best_answer_by_a_deadline(client: openai.OpenAI) -> None:
     assert found.usage.completion_tokens == sum(chain["tokens"] for chain in chains)
 
 
+def test_a_deadline_is_kept_on_the_wall_clock(client: openai.OpenAI) -> None:
+    asked = time.monotonic()
+    extra = {"time_budget": 1.5, "strategy": "majority", "return_samples": True}
+    found = client.chat.completions.create(model="talker", messages=ASK, seed=2, extra_body=extra)
+    assert time.monotonic() - asked < 1.5 + 1.0
+    told = (found.model_extra or {})["thinkfast"]
+    assert told["answer"] == "7"
+    assert told["stopped"] in ("deadline", "samples", "decided")
+    assert told["seconds"] < 2.0
+
+
 def test_usage_counts_what_was_drawn_in_vain(client: openai.OpenAI) -> None:
     extra = {"time_budget": 20, "strategy": "adaptive", "return_samples": True}
     found = client.chat.completions.create(model="talker", messages=ASK, seed=2, extra_body=extra)
@@ -182,7 +194,9 @@ def test_a_budget_that_is_too_short_has_no_answer(serve: Callable[..., str]) -> 
     """Nothing of this model ever ends: that there is an answer at all is the deadline's doing."""
     address = serve(Limits(answer=100_000, budget=3600.0))
     with openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=120) as client:
+        asked = time.monotonic()
         found = client.chat.completions.create(model="endless", messages=ASK, extra_body={"time_budget": 0.3})
+        assert time.monotonic() - asked < 1.5
     told = (found.model_extra or {})["thinkfast"]
     assert (told["answer"], told["confidence"], told["samples"]) == (None, 0.0, 0)
     assert told["stopped"] == "deadline"
@@ -222,6 +236,25 @@ def test_many_clients_share_the_engine(address: str) -> None:
 
     found = asyncio.run(everyone())
     assert [told["samples"] for told in found] == [8] * 16, "nobody is left aside"
+
+
+def test_many_clients_are_all_answered_by_one_deadline(address: str) -> None:
+    async def everyone() -> list[tuple[float, int]]:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60) as client:
+
+            async def one() -> tuple[float, int]:
+                asked = time.monotonic()
+                extra = {"time_budget": 2.0}
+                found = await client.chat.completions.create(model="talker", messages=ASK, extra_body=extra)
+                return time.monotonic() - asked, (found.model_extra or {})["thinkfast"]["samples"]
+
+            return await asyncio.gather(*[one() for _ in range(16)])
+
+    found = asyncio.run(everyone())
+    counts = [samples for _, samples in found]
+    assert max(seconds for seconds, _ in found) < 2.0 + 0.75
+    assert min(counts) > 0
+    assert max(counts) <= 8 * min(counts) + 8, "nobody is left aside"
 
 
 def test_errors_have_the_clients_types(client: openai.OpenAI) -> None:

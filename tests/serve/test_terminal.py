@@ -26,6 +26,11 @@ def test_an_answer_in_time(talker: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert line.startswith(f"7  ({found['confidence']:.0%} of the votes, {found['samples']} samples, ")
 
 
+def test_the_budget_is_kept(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solve", str(talker), "Ada has 3 pens.", "--budget", "1s", "--slots", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] < 2.0
+
+
 def test_no_answer_in_time(rambler: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["solve", str(rambler), "Ada has 3 pens.", "--budget", "200ms", "--n", "1000000"]) == 0
     assert capsys.readouterr().out.startswith("no answer: ")
