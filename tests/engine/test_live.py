@@ -169,6 +169,22 @@ def test_deadlines_hand_over_what_there_is(open_engine: Open, clock: Clock) -> N
     assert live.requests == live.running == 0
 
 
+def test_deadlines_are_kept_on_the_wall_clock(open_engine: Open) -> None:
+    live = open_engine("attention", 2)
+    caller = Caller()
+    asked = time.monotonic()
+    live.submit(Request((1,), LONG, 500, deadline=asked + 0.4), caller.inbox.put)
+    events, reason = caller.wait()
+    took = time.monotonic() - asked
+    assert reason == "deadline"
+    assert 0.39 < took < 3.0
+    ends = [event.sample.finish_reason for event in events if isinstance(event, Drawn)]
+    assert ends.count("deadline") <= 2
+    assert set(ends) <= {"deadline", "length"}
+    assert ends.count("length") > 0
+    assert live.requests == live.running == 0
+
+
 def test_the_earliest_deadline_is_served_first(open_engine: Open) -> None:
     live = open_engine("pure", 1)
     order: list[str] = []
