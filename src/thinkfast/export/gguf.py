@@ -36,9 +36,7 @@ def export_gguf(source: Path, out: Path, dtype: str | None = None) -> dict[str, 
     float32, and so are, with q8_0, matrices whose rows are no multiple of 32. Narrower mixers are padded with heads
     that give zero. Raises BadInput for what llama.cpp cannot express or an `out` that exists.
     """
-    kind = dtype or "bfloat16"
-    if kind not in TYPES:
-        raise BadInput(f"dtype is {kind!r}, expected one of {', '.join(TYPES)} for the format gguf")
+    kind = gguf_dtype(dtype)
     if out.exists():
         raise BadInput(f"{out} exists, expected a new file")
     try:
@@ -68,6 +66,13 @@ def export_gguf(source: Path, out: Path, dtype: str | None = None) -> dict[str, 
         writer.close()
         staging.unlink(missing_ok=True)
     return {"out": str(out), "format": "gguf", "dtype": kind, "warnings": warnings}
+
+
+def gguf_dtype(name: str | None) -> str:
+    """One of TYPES, bfloat16 where none is named. Raises BadInput for another name."""
+    if name is not None and name not in TYPES:
+        raise BadInput(f"dtype is {name!r}, expected one of {', '.join(TYPES)} for the format gguf")
+    return name or "bfloat16"
 
 
 def expressible(config: DecoderConfig, source: Path) -> DecoderConfig:
