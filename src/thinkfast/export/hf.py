@@ -12,7 +12,7 @@ import torch
 
 from thinkfast.errors import BadInput
 from thinkfast.export.card import model_card, run_of
-from thinkfast.export.parity import Differs, check
+from thinkfast.export.parity import Differs, check, require_transformers
 from thinkfast.model.checkpoint import GENERATION, load_model, save_model
 from thinkfast.model.config import MAMBA, DecoderConfig
 from thinkfast.model.decoder import Decoder
@@ -32,6 +32,7 @@ def export_hf(source: Path, out: Path, dtype: str | None = None, compat: bool = 
     """
     if out.exists():
         raise BadInput(f"{out} exists, expected a new directory")
+    require_transformers()
     wanted, stored = torch_dtype(dtype or stored_dtype(source)), torch_dtype(stored_dtype(source))
     model = load_model(source)
     warnings = examine(model.config, source, compat)
