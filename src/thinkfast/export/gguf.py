@@ -86,7 +86,7 @@ def expressible(config: DecoderConfig, source: Path) -> DecoderConfig:
             f"{source}: queries and keys are normed, which this writer does not express: "
             "llama.cpp's own converter reads the directory as it is"
         )
-    check_stock(config)
+    check_stock(config, f"{source}: ")
     if MAMBA not in config.layer_types or mamba is None:
         return config
     if mamba.d_inner not in (config.hidden_size, WIDTH * config.hidden_size):

@@ -68,7 +68,7 @@ def examine(config: DecoderConfig, source: Path, compat: bool) -> list[str]:
     mamba = config.mamba
     if MAMBA not in config.layer_types or mamba is None:
         return []
-    check_stock(config)
+    check_stock(config, f"{source}: ")
     if mamba.n_groups == 1:
         return []
     if compat:

@@ -230,21 +230,22 @@ def parse_eos(fields: Fields, default: int | None = 2) -> tuple[int, ...]:
     return tuple(values)
 
 
-def check_stock(config: DecoderConfig) -> None:
-    """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has."""
+def check_stock(config: DecoderConfig, where: str = "") -> None:
+    """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has; `where`
+    begins the message."""
     if config.qk_norm:
         raise BadInput(
-            "the attention layers norm queries and keys, which no layout of a hybrid model can express: "
+            f"{where}the attention layers norm queries and keys, which no layout of a hybrid model can express: "
             "convert every layer, or take a teacher without QK norm"
         )
     if config.mamba is not None and config.mamba.kind != MAMBA2:
         raise BadInput(
-            f"the layers are {config.mamba.title}, which no stock layout can express: "
+            f"{where}the layers are {config.mamba.title}, which no stock layout can express: "
             "distil the teacher into Mamba-2 layers"
         )
     if config.rotary_dim not in (None, 0, config.head_dim):
         raise BadInput(
-            f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, which no layout that is "
+            f"{where}rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, which no layout that is "
             "written can express: all or none"
         )
 
