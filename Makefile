@@ -75,7 +75,7 @@ package: $(VENV)/.dev-installed  ## wheel and sdist in dist/, checked
 	$(BIN)/twine check --strict dist/*
 
 docs: $(VENV)/.dev-installed  ## the documentation site in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) .venv-compat .venv-llamba .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
