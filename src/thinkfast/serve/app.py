@@ -319,6 +319,7 @@ async def _answer(desk: Desk, asked: Asked, request: Request, chat: bool) -> Res
                     yield event
         finally:
             desk.meter.samples.labels(served.name).inc(job.samples)
+            desk.meter.ended.labels(served.name).inc(job.ended_tokens)
             del desk.open[place]
 
     async def told() -> None:
