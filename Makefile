@@ -64,7 +64,7 @@ harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on t
 	.venv-harness/bin/pytest -m harness tests/test_harness.py
 
 load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, memory, throughput
-	$(BIN)/python benchmarks/serve_load.py bundled --out benchmarks/results/serve-load.json
+	$(BIN)/python benchmarks/serve_load.py --out benchmarks/results/serve-load.json
 
 bench-scale: $(VENV)/.demo-installed  ## live adaptive sampling, a verifier, the planner, retention with the models of `make demo`
 	$(BIN)/python scripts/bench_scale.py runs/demo --out benchmarks/results/scale
