@@ -133,7 +133,9 @@ class _SwiGLU(torch.autograd.Function):
         hidden = torch.empty_like(gated)
         _call("tf_gate", gated, raised, hidden, hidden.numel())
         ctx.save_for_backward(flat, gate, up, down, gated, raised)
-        return F.linear(hidden, down).view(x.shape)
+        out = x.new_empty(x.shape)
+        torch.mm(hidden, down.t(), out=out.view(flat.shape))
+        return out
 
     @staticmethod
     @once_differentiable
@@ -143,7 +145,8 @@ class _SwiGLU(torch.autograd.Function):
         draised = flat_out @ down
         dgated, hidden = torch.empty_like(gated), torch.empty_like(gated)
         _call("tf_gate_backward", gated, raised, draised, dgated, hidden, hidden.numel())
-        dx = (dgated @ gate).addmm_(draised, up).view(dout.shape)
+        dx = dout.new_empty(dout.shape)
+        torch.mm(dgated, gate, out=dx.view(flat.shape)).addmm_(draised, up)
         return dx, dgated.t() @ flat, draised.t() @ flat, flat_out.t() @ hidden
 
 
