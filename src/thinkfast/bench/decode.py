@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from thinkfast.bench.machine import (
     prefill_flops,
 )
 from thinkfast.bench.peers import PEERS, open_peer
-from thinkfast.engine.backends import BACKENDS, Backend, Memory, NativeBackend, NativeMemory, open_backend
+from thinkfast.engine.backends import BACKENDS, Backend, Memory, NativeBackend, NativeMemory, decode, open_backend
 from thinkfast.engine.sampling import SamplingParams, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
@@ -31,9 +32,10 @@ class Speed:
     """One model in one back end at one batch and context. Times are medians; `share` is floor over measured time.
 
     The floor of a token is the larger of its bytes at the machine's measured read bandwidth (for a buffer as large as
-    what a step touches) and its floating-point operations at the machine's measured rate of matrix products. `shared`
-    of the `context` tokens are one prompt for all rows. `model` is the name of the model, with the back end behind an @
-    where several were measured.
+    what a step touches) and its floating-point operations at the machine's measured rate of matrix products, medians of
+    what was measured between the turns. `fastest_share` sets the fastest turn against the best rates. `shared` of the
+    `context` tokens are one prompt for all rows. `model` is the name of the model, with the back end behind an @ where
+    several were measured.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Speed:
     flops_per_token: float
     floor_microseconds_per_token: float
     share: float
+    fastest_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ def decode_speeds(
     contexts: Sequence[int] = (64, 256, 1000),
     *,
     steps: int = 8,
-    repeats: int = 9,
+    repeats: int = 15,
     backend: str | Sequence[str] = "auto",
     kv_dtype: str = "auto",
     weights: str = "auto",
@@ -100,9 +103,9 @@ def decode_speeds(
     them; what the machine can do is measured between turns. Slots hold the state behind a random prompt; context is
     the number of tokens a step sees at the middle of the measurement. `shared`: how many of them are one prompt that
     all rows have in common; the native back end reads those once. `prompts`: lengths to feed, `threads` at a time.
-    backend: of "auto", "native", "torch", "transformers", "llama.cpp"; the last takes batch 1 alone and is left out
-    elsewhere. A row is a `Speed` or `Prefill` as a dictionary. Raises BadInput where a context leaves no room, for an
-    unknown back end and for one that cannot be had.
+    backend: of "auto", "native", "torch", "transformers", "llama.cpp"; the last does not draw. A row is a `Speed` or
+    `Prefill` as a dictionary. Raises BadInput where a context leaves no room, for an unknown back end and for one that
+    cannot be had.
     """
     if steps < 1 or repeats < 1:
         raise BadInput(f"steps is {steps} and repeats is {repeats}, expected 1 or more of each")
@@ -153,7 +156,7 @@ def _place(
     """All runners at one batch and context."""
     here = {}
     for label, (model, name, runner) in runners.items():
-        if (name == "llama.cpp" and batch > 1) or (shared and not isinstance(runner, OurRunner)):
+        if shared and not isinstance(runner, OurRunner):
             continue
         if isinstance(runner, OurRunner):
             runner.shared = shared
@@ -169,8 +172,10 @@ def _place(
             times[label].append(runner.turn(steps) / (steps * batch))
     rows = []
     for label, (name, _, touched, flops) in here.items():
-        median, floor = statistics.median(times[label]), limits.floor(touched, flops, batch)
-        speed = (1 / median, median * 1e6, min(times[label]) * 1e6, touched, flops, floor * 1e6, floor / median)
+        median, fastest = statistics.median(times[label]), min(times[label])
+        floor, best = limits.floor(touched, flops, batch), limits.floor(touched, flops, batch, best=True)
+        shares = (floor / median, best / fastest)
+        speed = (1 / median, median * 1e6, fastest * 1e6, touched, flops, floor * 1e6, *shares)
         rows.append(Speed(label, name, batch, context, shared, *speed))
     return rows
 
@@ -206,14 +211,11 @@ class OurRunner:
             else:
                 self.memory.fork(self.kept, slot)
             self.table.admit(slot, (0, slot), self.prompt[-1], len(self.prompt) - 1, sample_key(0, slot), 0.0)
-        self._step()
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._step()
-        return time.perf_counter() - start
-
-    def _step(self) -> None:
         self.table.advance(self.rows, *self.memory.step(self.table, self.rows))
+        start = time.perf_counter()
+        while self.table.active.any():
+            decode(self.memory, self.table, self.rows, math.inf)
+        return time.perf_counter() - start
 
 
 def _prefills(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,22 +19,37 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Limits:
-    """The best rates seen so far. A machine that is shared shows less most of the time, never more."""
+    """The rates of this machine, measured again and again between what is compared with them.
+
+    A machine that is shared changes its pace by a third within seconds. Medians of what took turns meet the same paces,
+    so a median time is compared with median rates and the fastest time with the best rates.
+    """
 
     def __init__(self) -> None:
-        self.gemm = 0.0
-        self.bandwidth: dict[int, float] = {}
+        self.products: list[float] = []
+        self.reads: dict[int, list[float]] = {}
 
     def probe(self, sizes: set[int], weights: set[str], seconds: float = 0.05) -> None:
-        """Measures once more, in the dtypes of the weights and in float32, over buffers of `sizes` bytes."""
-        for dtype in {"float32", *weights}:
-            self.gemm = max(self.gemm, gemm_rate(seconds, getattr(torch, dtype)))
+        """Measures once more, in the faster of the weights' dtypes and float32, over buffers of `sizes` bytes."""
+        self.products.append(max(gemm_rate(seconds, getattr(torch, dtype)) for dtype in {"float32", *weights}))
         for size in sizes:
-            self.bandwidth[size] = max(self.bandwidth.get(size, 0.0), read_bandwidth(size, seconds))
+            self.reads.setdefault(size, []).append(read_bandwidth(size, seconds))
 
-    def floor(self, touched: float, flops: float, batch: int) -> float:
-        """Seconds a token takes at least: `touched` bytes and `flops` of one row of `batch`."""
-        return max(touched / self.bandwidth[buffer_size(touched * batch)], flops / self.gemm)
+    @property
+    def gemm(self) -> float:
+        """Floating-point operations a second, the median."""
+        return statistics.median(self.products)
+
+    @property
+    def bandwidth(self) -> dict[int, float]:
+        """Bytes a second from buffers of so many bytes, the medians."""
+        return {size: statistics.median(rates) for size, rates in self.reads.items()}
+
+    def floor(self, touched: float, flops: float, batch: int, best: bool = False) -> float:
+        """Seconds a token takes at least: `touched` bytes and `flops` of one row of `batch`; at the best rates seen or
+        the median ones."""
+        of = max if best else statistics.median
+        return max(touched / of(self.reads[buffer_size(touched * batch)]), flops / of(self.products))
 
 
 def weight_count(config: DecoderConfig) -> int:
@@ -87,13 +103,13 @@ def gemm_rate(seconds: float = 0.2, dtype: torch.dtype = torch.float32) -> float
     """Floating-point operations a second of a matrix product with the current number of threads."""
     a, b = torch.rand(GEMM_SIZE, GEMM_SIZE).to(dtype), torch.rand(GEMM_SIZE, GEMM_SIZE).to(dtype)
     out = torch.empty(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
-    return 2.0 * GEMM_SIZE**3 / _fastest(lambda: torch.mm(a, b, out=out), seconds)
+    return 2.0 * GEMM_SIZE**3 / _typical(lambda: torch.mm(a, b, out=out), seconds)
 
 
 def read_bandwidth(size: int, seconds: float = 0.2) -> float:
     """Bytes a second read from a buffer of `size` bytes with the current number of threads."""
     buffer = torch.ones(size // 4)
-    return size / _fastest(lambda: torch.sum(buffer), seconds)
+    return size / _typical(lambda: torch.sum(buffer), seconds)
 
 
 def buffer_size(size: float) -> int:
@@ -119,11 +135,13 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def _fastest(call: Callable[[], object], seconds: float) -> float:
-    best, end = float("inf"), time.perf_counter() + seconds
+def _typical(call: Callable[[], object], seconds: float) -> float:
+    """The median time of a call."""
+    times: list[float] = []
     call()
-    while time.perf_counter() < end:
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
         start = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - start)
-    return best
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape
 from thinkfast.ops.triton import runs, usable
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
+AHEAD, IDLE = 8, 32  # steps of the native kernels in a row
 BACKENDS = ("auto", "native", "triton", "torch")
 Drawn = tuple[NDArray[np.int32], NDArray[np.float64]]
 
@@ -50,17 +52,20 @@ class Ahead(Protocol):
     """Memory that takes several steps without the host looking in between."""
 
     def run_ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
-        """Tokens and log-probabilities, each (steps, rows), of as many steps as may be made within `seconds`."""
+        """Tokens and log-probabilities, each (steps, rows), of as many steps as may be made within `seconds`, or one.
+
+        NOT_DRAWN stands where a row took no step; what stands behind the end of a sample means nothing.
+        """
+
+    def interrupt(self, on: bool) -> None:
+        """While on, steps are made one at a time: one that runs in another thread is the last of its row of steps."""
 
 
-def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Iterator[list[Finished]]:
-    """One step of the slots in `rows`, or several at once where the memory can: what each of them ends."""
-    if not isinstance(memory, Ahead):
-        yield table.advance(rows, *memory.step(table, rows))
-        return
-    for tokens, logprobs in zip(*memory.run_ahead(table, rows, seconds), strict=True):
-        running = table.active[rows]
-        yield table.advance(rows[running], tokens[running], logprobs[running])
+def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> list[Finished]:
+    """One step of the slots in `rows`, or several at once where the memory can: what they end."""
+    if isinstance(memory, Ahead):
+        return table.advance_all(rows, *memory.run_ahead(table, rows, seconds))
+    return table.advance(rows, *memory.step(table, rows))
 
 
 class Backend(Protocol):
@@ -138,6 +143,7 @@ class NativeMemory:
     def __init__(self, model: NativeModel, slots: int, capacity: int, half: bool, threads: int) -> None:
         self.slots, self.capacity, self.threads = slots, capacity, threads
         self._pool = NativePool(model, slots + threads, capacity, half, threads)
+        self._interrupted = np.zeros(1, bool)
 
     def prefill(self, prompts: Sequence[Sequence[int]], behind: Sequence[Kept | None] = ()) -> list[Kept]:
         before = behind or [None] * len(prompts)
@@ -165,15 +171,40 @@ class NativeMemory:
         self._pool.resume(slot, kept.state, shared)
 
     def step(self, table: SlotTable, rows: NDArray[np.int32], logits: NDArray[np.float32] | None = None) -> Drawn:
-        tokens, logprobs = np.empty(len(rows), np.int32), np.empty(len(rows), np.float64)
+        tokens, logprobs = self._burst(table, rows, 1, math.inf, logits)
+        return tokens[0], logprobs[0]
+
+    def run_ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
+        """At most AHEAD steps: so many that at most 1 / IDLE of them fall behind the known ends of rows, whose slots
+        somebody may wait for. The kernels themselves look at the clock."""
+        room, steps = table.room(rows), AHEAD
+        while steps > 1 and IDLE * np.maximum(steps - room, 0).sum() > steps * len(rows):
+            steps -= 1
+        return self._burst(table, rows, steps, seconds, None)
+
+    def interrupt(self, on: bool) -> None:
+        self._interrupted[0] = on
+
+    def _burst(
+        self,
+        table: SlotTable,
+        rows: NDArray[np.int32],
+        steps: int,
+        seconds: float,
+        logits: NDArray[np.float32] | None,
+    ) -> Drawn:
+        tokens, logprobs = np.empty((steps, len(rows)), np.int32), np.empty((steps, len(rows)), np.float64)
         for params, at in table.groups(rows):
             part = rows[at]
             columns = (table.token[part], table.position[part], table.key[part], table.count[part])
-            room = None if logits is None else np.empty((len(part), logits.shape[1]), np.float32)
+            seen = None if logits is None else np.empty((len(part), logits.shape[1]), np.float32)
             how = (params.temperature, params.top_k, params.top_p)
-            tokens[at], logprobs[at] = self._pool.step(part, *columns, *how, room)
+            limits = (table.room(part), table.ends(part), table.eos)
+            tokens[:, at], logprobs[:, at] = self._pool.burst(
+                part, *columns, *how, steps, *limits, seconds, self._interrupted, seen
+            )
             if logits is not None:
-                logits[at] = room
+                logits[at] = seen
         return tokens, logprobs
 
 

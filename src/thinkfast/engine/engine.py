@@ -177,10 +177,10 @@ class Engine:
                         yield *table.pair[slot], table.sample(slot, DEADLINE, now)
                     return
                 if len(rows):
-                    for finished in decode(memory, table, rows, until - now):
-                        now = clock()
-                        for done in finished:
-                            yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
+                    finished = decode(memory, table, rows, until - now)
+                    now = clock()
+                    for done in finished:
+                        yield *table.pair[done.slot], table.sample(done.slot, done.reason, now)
                 elif desk.done:
                     return
         finally:

@@ -135,7 +135,7 @@ class GpuMemory:
         self._prompts: dict[int, Kept] = {}
         self._waiting: dict[int, Kept] = {}
         self._rows: dict[int, _Rows] = {}
-        self._pace = 0.0
+        self._pace, self._alone = 0.0, False
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         # One room for all graphs: they never run at the same time, and what they leave is copied out.
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -178,11 +178,14 @@ class GpuMemory:
         """As many steps as may be made within `seconds`, at least one and at most AHEAD, and none that no row needs."""
         left = max(table.params[slot].max_tokens - int(table.count[slot]) for slot in rows.tolist())
         in_time = seconds / self._pace if self._pace else 1.0
-        steps = int(max(min(AHEAD, left, in_time), 1))
+        steps = 1 if self._alone else int(max(min(AHEAD, left, in_time), 1))
         start = time.perf_counter()
         drawn = self.burst(table, rows, steps)
         self._pace = (time.perf_counter() - start) / steps
         return drawn
+
+    def interrupt(self, on: bool) -> None:
+        self._alone = on
 
     @torch.inference_mode()
     def burst(self, table: SlotTable, rows: NDArray[np.int32], steps: int = AHEAD) -> Drawn:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from thinkfast.engine.backends import Ahead, decode
 from thinkfast.engine.engine import Engine
 from thinkfast.engine.prefill import Prefix, Shelf, feed
 from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, likeliest, prompt_key, sample_key
@@ -180,6 +181,8 @@ class LiveEngine:
         """Has the thread call `call` between two steps."""
         with self._wake:
             self._commands.append(call)
+            if isinstance(self._memory, Ahead):
+                self._memory.interrupt(True)
             self._wake.notify()
 
     def hand_back(self, by: float = 0.0) -> None:
@@ -236,6 +239,8 @@ class LiveEngine:
                 self._stepped = math.inf
                 self._wake.wait()
             commands, self._commands = self._commands, deque()
+            if isinstance(self._memory, Ahead):
+                self._memory.interrupt(False)
         for call in commands:
             call()
         return True
@@ -245,7 +250,7 @@ class LiveEngine:
             self.close_ticket(ticket, reason)
 
     def _turn(self) -> None:
-        """One step of decoding, with what must be done before and after it."""
+        """One step of decoding, or several in a row, with what must be done before and after."""
         started = time.monotonic()
         self._close_due(started)
         if unfed := self._unfed():
@@ -257,11 +262,16 @@ class LiveEngine:
             return
         wanted = any(t.request.alternatives for t in self._live)
         logits = np.empty((len(rows), self._vocab), np.float32) if wanted else None
-        tokens, logprobs = self._memory.step(self._table, rows, logits)
-        if logits is not None:
+        before = self._table.position[rows]
+        if logits is None:
+            due = min(ticket.deadline for ticket in self._live)
+            finished = decode(self._memory, self._table, rows, due - time.monotonic())
+        else:
+            tokens, logprobs = self._memory.step(self._table, rows, logits)
             self._note_likely(rows, tokens, logits)
-        finished = self._table.advance(rows, tokens, logprobs)
-        self.tokens += len(rows)
+            finished = self._table.advance(rows, tokens, logprobs)
+        taken = self._table.position[rows] - before
+        self.tokens += int(taken.sum())
         now = time.monotonic()
         for done in finished:
             self._finish(done.slot, done.reason, now)
@@ -270,7 +280,7 @@ class LiveEngine:
             for ticket in self._live:
                 for index, slot in ticket.running.items():
                     self._tell_piece(ticket, index, slot)
-        elapsed, self._stepped = now - min(started, self._stepped), now
+        elapsed, self._stepped = (now - min(started, self._stepped)) / int(taken.max()), now
         self._pace = elapsed if self._pace == 0 else (1 - PACE) * self._pace + PACE * elapsed
 
     def _close_due(self, now: float) -> None:

@@ -14,6 +14,7 @@ from thinkfast.errors import BadInput
 
 STOP, LENGTH, DEADLINE, ERROR = "stop", "length", "deadline", "error"
 SEED_LIMIT = 2**63
+NOT_DRAWN = -2  # in place of a token, where a row has ended or time was over
 
 
 @dataclass(frozen=True, slots=True)

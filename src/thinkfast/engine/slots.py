@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from thinkfast.engine.sampling import ERROR, LENGTH, STOP, Sample, SamplingParams
+from thinkfast.engine.sampling import ERROR, LENGTH, NOT_DRAWN, STOP, Sample, SamplingParams
 
 
 class Rounds:
@@ -82,8 +82,8 @@ class SlotTable:
         width = params.max_tokens if room is None else room
         self.history = np.zeros((slots, width), np.int32)
         self.history_logprob = np.zeros((slots, width), np.float64)
-        self._eos = np.zeros(vocab, bool)
-        self._eos[[token for token in eos if 0 <= token < vocab]] = True
+        self.eos = np.zeros(vocab, bool)
+        self.eos[[token for token in eos if 0 <= token < vocab]] = True
         self._stop_last = np.zeros(vocab, bool)
         self._limit = np.zeros(slots, np.int64)
         self._runs_on = np.zeros(slots, bool)
@@ -124,13 +124,22 @@ class SlotTable:
         _, first, group = np.unique(how, axis=0, return_index=True, return_inverse=True)
         return [(self.params[rows[at]], np.flatnonzero(group == index)) for index, at in enumerate(first)]
 
+    def room(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """How many tokens each of the slots may still draw, at least one."""
+        left: NDArray[np.int32] = np.maximum(self._limit[rows] - self.count[rows], 1).astype(np.int32)
+        return left
+
+    def ends(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Whether an end-of-sequence token ends the samples in these slots."""
+        return ~self._runs_on[rows]
+
     def advance(
         self, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
     ) -> list[Finished]:
         """Appends the drawn tokens to the slots in `rows`; returns those that end, which become free."""
         count, broken = self.count[rows], tokens < 0
         known = np.where(broken, 0, tokens)
-        ended = self._eos[known] & ~broken & ~self._runs_on[rows]
+        ended = self.eos[known] & ~broken & ~self._runs_on[rows]
         self.logprob[rows] += np.where(broken, 0.0, logprobs)
         self.history[rows, count] = known  # means nothing unless the count grows over it
         self.history_logprob[rows, count] = logprobs
@@ -150,6 +159,46 @@ class SlotTable:
                 finished.append(Finished(slot, LENGTH))
         for done in finished:
             self.active[done.slot] = False
+        return finished
+
+    def advance_all(
+        self, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
+    ) -> list[Finished]:
+        """`advance` over several steps: tokens, logprobs (steps, rows). What stands behind a sample's end is left out.
+
+        NOT_DRAWN marks steps that a row did not take.
+        """
+        if len(tokens) == 1 and tokens.min(initial=0) > NOT_DRAWN:
+            return self.advance(rows, tokens[0], logprobs[0])
+        known = np.maximum(tokens, 0)
+        if self._stop_last[known].any():  # the history must be looked at after every step
+            finished = []
+            for drawn, scores in zip(tokens, logprobs, strict=True):
+                on = self.active[rows] & (drawn != NOT_DRAWN)
+                finished += self.advance(rows[on], drawn[on], scores[on])
+            return finished
+        held = self.count[rows]
+        taken = (tokens != NOT_DRAWN) & (held + np.arange(len(tokens))[:, None] < self._limit[rows])
+        broken = taken & (tokens < 0)
+        ended = taken & self.eos[known] & ~broken & ~self._runs_on[rows]
+        over = ended | broken
+        taken &= np.cumsum(over, axis=0) == over  # nothing behind the first end
+        step, at = np.nonzero(taken)
+        self.history[rows[at], held[at] + step] = known[step, at]
+        self.history_logprob[rows[at], held[at] + step] = logprobs[step, at]
+        for scores in np.where(taken & ~broken, logprobs, 0.0):
+            self.logprob[rows] += scores
+        length, broke, stopped = taken.sum(axis=0), (broken & taken).any(axis=0), (ended & taken).any(axis=0)
+        count = held + length - (broke | stopped)
+        some = np.flatnonzero(length)
+        self.count[rows], self.token[rows[some]] = count, known[length[some] - 1, some]
+        self.position[rows] += length.astype(np.int32)
+        full = count >= self._limit[rows]
+        finished = []
+        for row in np.flatnonzero(broke | stopped | full):
+            reason = ERROR if broke[row] else STOP if stopped[row] else LENGTH
+            finished.append(Finished(int(rows[row]), reason))
+            self.active[rows[row]] = False
         return finished
 
     def sample(self, slot: int, reason: str, now: float, origin: float = 0.0) -> Sample:

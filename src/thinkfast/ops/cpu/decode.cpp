@@ -1,247 +1,5 @@
-// Decoding on a CPU: a tile of rows goes through all layers while its activations stay in cache. Plain C interface.
-#include <algorithm>
-#include <memory>
-#include <string>
-
-#include "model.h"
-#include "sample.h"
-#include "workers.h"
-
-namespace tf {
-namespace {
-
-// Weights beyond this many bytes no longer fit a core's cache: then all threads work on the same rows, each with its
-// columns of every matrix, so that a step reads the weights once. Below, every thread has rows of its own.
-constexpr size_t kSmall = 8 << 20;
-
-constexpr size_t kNear = 3 << 19;  // bytes fetched ahead at most
-
-struct Row {
-    int slot, token, position;
-};
-
-// Activations of a tile; `mine` are those of one thread.
-struct Scratch {
-    std::vector<float> x, normed, wide, middle, logits;
-    std::vector<Query> queries;
-    struct Mine {
-        std::vector<float> steps, decays, scores;
-        std::vector<double> weights;
-        std::vector<Query*> list;
-        std::vector<const char*> table;
-        std::vector<int> ids;
-    } mine;
-
-    explicit Scratch(const Model& m)
-        : x((size_t)kTile * m.hidden_padded()), normed((size_t)kTile * m.hidden_padded()), wide((size_t)kTile * m.wide() + kSpare),
-          middle((size_t)kTile * m.middle() + kSpare), queries((size_t)kTile * m.heads) {
-        mine.steps.resize(m.mamba.heads + kSpare);
-        mine.decays.resize(m.mamba.heads + kSpare);
-        mine.scores.resize((size_t)kBatch * kScores);
-        mine.list.resize((size_t)kTile * m.heads);
-        mine.table.resize((size_t)kTile * kChunk);
-    }
-};
-
-struct Pool {
-    const Model& model;
-    Memory memory;
-    Workers workers;
-    Barrier barrier;
-    std::vector<float> cos, sin;
-    std::vector<std::unique_ptr<Scratch>> scratch;
-
-    Pool(const Model& m, int slots, int capacity, bool half, int threads, size_t limit, const float* cosines, const float* sines)
-        : model(m), memory(m, slots, capacity, half, limit), workers(threads),
-          cos(cosines, cosines + (size_t)capacity * (m.head_dim / 2)), sin(sines, sines + (size_t)capacity * (m.head_dim / 2)) {
-        for (int i = 0; i < threads; i++) scratch.push_back(std::make_unique<Scratch>(m));
-    }
-
-    bool together(int pieces) const { return workers.count() > 1 && (model.bytes > kSmall || pieces < workers.count()); }
-
-    void rotate(float* x, int position, float scale) const {
-        int half = model.head_dim / 2;
-        const float *c = &cos[(size_t)position * half], *s = &sin[(size_t)position * half];
-        for (int i = 0; i < half; i++) {
-            float first = x[i], second = x[i + half];
-            x[i] = (first * c[i] - second * s[i]) * scale;
-            x[i + half] = (second * c[i] + first * s[i]) * scale;
-        }
-    }
-
-    // Turns a row's queries and keys, and stores its keys and values.
-    template <class T>
-    void remember(const Layer& layer, const Row& row, float* qkv, float* y, Query* queries) const {
-        const Model& m = model;
-        float scale = 1.0f / std::sqrt((float)m.head_dim);
-        for (int h = 0; h < m.heads; h++) {
-            float* q = qkv + (size_t)h * m.dim;
-            rotate(q, row.position, scale);
-            queries[h] = {q, y + (size_t)h * m.dim, row.position + 1, nullptr, -INFINITY, 0.0f};
-        }
-        float* keys = qkv + (size_t)m.heads * m.dim;
-        float* values = keys + (size_t)m.kv_heads * m.dim;
-        int page = memory.pages(row.slot)[row.position / kPage];
-        for (int head = 0; head < m.kv_heads; head++) {
-            rotate(keys + (size_t)head * m.dim, row.position, 1.0f);
-            append(memory.page<T>(page, layer.index, head), row.position % kPage, m.dim, keys + (size_t)head * m.dim, values + (size_t)head * m.dim);
-        }
-    }
-
-    // Attention of rows [first, last) to one kv head. Neighbours that begin with the same pages read them together.
-    template <class T>
-    void attend(const Layer& layer, int head, const Row* rows, int first, int last, Query* queries, Scratch::Mine& mine) const {
-        const Model& m = model;
-        int share = m.heads / m.kv_heads;
-        auto pages = [&](int r) -> const std::vector<int>& { return memory.pages(rows[r].slot); };
-        auto keys = [&](int r, int p) {
-            const std::vector<int>& held = pages(r);
-            return reinterpret_cast<const char*>(memory.page<T>(held[std::min(p, (int)held.size() - 1)], layer.index, head));
-        };
-        auto chunk = [&](int begin, int end, int c, int after) {
-            int n = 0, from = c * kScores;
-            for (int r = begin; r < end; r++) {
-                const char** table = &mine.table[(size_t)(r - begin) * kChunk];
-                if (rows[r].position < from) continue;
-                // Places behind the row's end are read along with its neighbours' and masked: any page of its own will do.
-                for (int p = 0; p < kChunk; p++) table[p] = keys(r, c * kChunk + p);
-                for (int h = 0; h < share; h++) {
-                    Query& q = queries[(size_t)r * m.heads + head * share + h];
-                    q.pages = table;
-                    mine.list[n++] = &q;
-                }
-            }
-            bool more = end - begin > 1 || rows[begin].position >= from + kScores;
-            int r = more ? begin : after, p = more ? (c + 1) * kChunk : 0;
-            const char* next[2] = {keys(r, p), keys(r, p + 1)};
-            if (n) attend_chunk<T>(mine.list.data(), n, from, next, m.dim, m.head_dim, mine.scores.data());
-        };
-        for (int begin = first; begin < last;) {
-            int end = begin + 1, common = 0, longest = rows[begin].position;
-            for (; end < last && pages(end)[0] == pages(begin)[0]; end++) {
-                auto &a = pages(begin), &b = pages(end);
-                int equal = (int)(std::mismatch(a.begin(), a.begin() + std::min(a.size(), b.size()), b.begin()).first - a.begin());
-                common = end == begin + 1 ? equal : std::min(common, equal);
-                longest = std::max(longest, rows[end].position);
-            }
-            int shared = std::min((common + kChunk - 1) / kChunk, longest / kScores + 1);
-            for (int c = 0; c < shared; c++) chunk(begin, end, c, begin);
-            for (int r = begin; r < end; r++)
-                for (int c = shared; c * kScores <= rows[r].position; c++) chunk(r, r + 1, c, std::min(r + 1, last - 1));
-            begin = end;
-        }
-        for (int r = first; r < last; r++)
-            for (int h = 0; h < share; h++) {
-                Query& q = queries[(size_t)r * m.heads + head * share + h];
-                for (int d = 0; d < m.dim; d += kLanes) store(q.y + d, load(q.y + d) * (1.0f / q.total));
-            }
-    }
-
-    template <class T>
-    void attention(Scratch& s, Scratch::Mine& mine, const Layer& layer, const Row* rows, int n, Team team) const {
-        const Model& m = model;
-        int width = layer.qkv.n, out = m.heads * m.dim;
-        for (int r = team.begin(n); r < team.end(n); r++)
-            remember<T>(layer, rows[r], &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], &s.queries[(size_t)r * m.heads]);
-        team.meet();
-        int begin = team.begin(m.kv_heads * n), end = team.end(m.kv_heads * n);
-        for (int head = 0; head < m.kv_heads; head++) {
-            int first = std::max(begin - head * n, 0), last = std::min(end - head * n, n);
-            if (first < last) attend<T>(layer, head, rows, first, last, s.queries.data(), mine);
-        }
-    }
-
-    void mamba(Scratch& s, Scratch::Mine& mine, const Layer& layer, const Row* rows, int n, Team team) const {
-        const Model& m = model;
-        const MambaShape& shape = m.mamba;
-        const MambaWeights& w = layer.mamba;
-        const int width = w.in_proj.n, out = shape.inner() + kSpare;
-        auto memory_of = [&](int r) { return memory.mamba(rows[r].slot, layer.index); };
-        auto channels_of = [&](int r) { return &s.wide[(size_t)r * width + shape.inner()]; };
-        // Rows of one slot go in order: channels and heads are shared out, not rows.
-        int blocks = shape.channels_padded() / kSpare;
-        for (int r = 0; r < n; r++) {
-            auto mix = shape.taps == 4 ? convolve<4> : convolve<0>;
-            mix(shape, w, memory_of(r), channels_of(r), rows[r].position, team.begin(blocks) * kSpare, team.end(blocks) * kSpare);
-        }
-        team.meet();
-        int first = team.begin(shape.heads), last = team.end(shape.heads);
-        for (int r = 0; r < n; r++) {
-            float *state = memory_of(r) + shape.ring_size(), *next = memory_of(std::min(r + 1, n - 1)) + shape.ring_size();
-            float* channels = channels_of(r);
-            pace(shape, w, channels + shape.channels(), mine.steps.data(), mine.decays.data());
-            update_state(shape, w, state, next, rows[r].position == 0, channels, mine.steps.data(), mine.decays.data(), &s.middle[(size_t)r * out], first, last);
-        }
-        team.meet();
-        for (int r = team.begin(n); r < team.end(n); r++) gated_norm(shape, w, &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], m.eps);
-    }
-
-    // The memory of neighbouring slots in a Mamba layer, where it fits into the second level of cache.
-    Ahead states(const Layer* layer, const Row* rows, int n, Team team) const {
-        size_t bytes = sizeof(float) * model.mamba.slot_size() * n;
-        if (!layer || layer->attention || team.size > 1 || bytes > kNear) return {};
-        const char* at = reinterpret_cast<const char*>(memory.mamba(rows[0].slot, layer->index));
-        return {at, at + bytes};
-    }
-
-    // A tile of rows through all layers. Rows of one slot stand in the order of their positions. With `logits`, leaves them in scratch.
-    void tile(Scratch& s, Scratch::Mine& mine, const Row* rows, int n, bool logits, Team team) const {
-        const Model& m = model;
-        const int ld = m.hidden_padded();
-        const int begin = team.begin(n), end = team.end(n);
-        for (int r = begin; r < end; r++) m.embedding(rows[r].token, &s.x[(size_t)r * ld]);
-        auto norm = [&](const std::vector<float>& weight) {
-            for (int r = begin; r < end; r++) rms_norm(&s.x[(size_t)r * ld], weight.data(), &s.normed[(size_t)r * ld], m.hidden, m.eps);
-            team.meet();
-        };
-        Ahead later = states(m.layers.empty() ? nullptr : &m.layers[0], rows, n, team);
-        auto product = [&](const std::vector<float>& x, int ldx, const Packed& w, std::vector<float>& y, int ldy, bool add) {
-            gemm(x.data(), ldx, n, w, y.data(), ldy, add, team.begin(w.panels()), team.end(w.panels()), later);
-            team.meet();
-        };
-        for (const Layer& layer : m.layers) {
-            norm(layer.input_norm);
-            const Packed& in = layer.attention ? layer.qkv : layer.mamba.in_proj;
-            product(s.normed, ld, in, s.wide, in.n, false);
-            if (!layer.attention) mamba(s, mine, layer, rows, n, team);
-            else if (memory.half()) attention<Bf16>(s, mine, layer, rows, n, team);
-            else attention<float>(s, mine, layer, rows, n, team);
-            team.meet();
-            if (layer.attention) product(s.middle, m.heads * m.dim, layer.o, s.x, ld, true);
-            else product(s.middle, m.mamba.inner() + kSpare, layer.mamba.out_proj, s.x, ld, true);
-            norm(layer.post_norm);
-            later = states(&layer == &m.layers.back() ? nullptr : &layer + 1, rows, n, team);
-            gemm_swiglu(s.normed.data(), ld, n, layer.gate, layer.up, s.middle.data(), layer.gate.n, team.begin(layer.gate.panels()), team.end(layer.gate.panels()), later);
-            team.meet();
-            product(s.middle, layer.gate.n, layer.down, s.x, ld, true);
-        }
-        if (!logits) return;
-        norm(m.norm);
-        product(s.normed, ld, m.head, s.logits, m.head.n, false);
-    }
-};
-
-// Cuts the rows into tiles of about equal cost, an even number of at most kTile rows each, whole rounds of threads.
-std::vector<int> cut(const Pool& pool, const int32_t* positions, int n, int threads) {
-    const Model& m = pool.model;
-    // In multiply-adds; a token of context costs a little more than its 2 * dim products a head.
-    double fixed = 2.0 * m.hidden * (2.0 * m.inter + m.hidden) * m.layers.size(), each = 3.0 * m.heads * m.dim * m.attention_layers;
-    int tiles = std::min(round_up((n + kTile - 1) / kTile, threads), (n + 1) / 2);
-    double total = 0.0, reached = 0.0;
-    for (int i = 0; i < n; i++) total += fixed + each * positions[i];
-    std::vector<int> starts{0};
-    for (int i = 0; i < n; i++) {
-        reached += fixed + each * positions[i];
-        int held = i + 1 - starts.back();
-        bool enough = held == kTile || reached * tiles >= total * starts.size();
-        if (i + 1 < n && held % 2 == 0 && enough) starts.push_back(i + 1);
-    }
-    starts.push_back(n);
-    return starts;
-}
-
-}  // namespace
-}  // namespace tf
+// Plain C interface of the kernels that decode on a CPU.
+#include "burst.h"
 
 extern "C" {
 
@@ -291,47 +49,46 @@ void* tf_pool_new(const void* model, int32_t slots, int32_t capacity, int32_t ha
 
 void tf_pool_free(void* pool) { delete static_cast<tf::Pool*>(pool); }
 
-// Feeds one token to each of n distinct slots and draws the next. out: token, or -1 where the logits are not finite.
-// logits: null or room for (n, vocab). Returns 1 where no page is left; then nothing has been fed.
+// Feeds one token to each of n distinct slots and draws the next, `steps` times in a row. Row i draws at most rooms[i] tokens
+// and, where ends[i], none behind a token that `eos` (vocab) marks or behind logits that are not finite; no row begins a step
+// but its first once `seconds` are over or *interrupted (which may be null) is set, by another thread perhaps.
+// out, logprobs: (steps, n); a token is -1 where the logits are not finite and -2 where none was drawn. logits: null or room
+// for (n, vocab), those of the last step. Returns 1 where no page is left; then nothing has been fed.
 int32_t tf_step(void* handle, int32_t n, const int32_t* slots, const int32_t* tokens, const int32_t* positions, const uint64_t* keys,
-                const int64_t* counters, double temperature, int32_t top_k, double top_p, int32_t* out, double* logprobs, float* logits) {
+                const int64_t* counters, double temperature, int32_t top_k, double top_p, int32_t steps, const int32_t* rooms,
+                const uint8_t* ends, const uint8_t* eos, double seconds, const volatile uint8_t* interrupted,
+                int32_t* out, double* logprobs, float* logits) {
     auto& pool = *static_cast<tf::Pool*>(handle);
     const tf::Model& m = pool.model;
-    tf::Draw how{temperature, top_p, top_k};
+    tf::Burst burst{{temperature, top_p, top_k}, n, steps, tokens, positions, keys, counters, rooms, ends, eos, interrupted, out, logprobs, logits, {}};
+    burst.until = tf::Clock::now() + std::chrono::duration_cast<tf::Clock::duration>(std::chrono::duration<double>(std::min(seconds, 1e6)));
+    std::fill(out, out + (size_t)steps * n, tf::kNone);
+    std::fill(logprobs, logprobs + (size_t)steps * n, NAN);
     try {
         for (int i = 0; i < n; i++) {
             if (positions[i] == 0) pool.memory.clear(slots[i]);
-            pool.memory.reserve(slots[i], positions[i] + 1);
+            pool.memory.reserve(slots[i], positions[i] + std::min(steps, rooms[i]));
         }
     } catch (const std::bad_alloc&) {
         return 1;
     }
-    auto run = [&](tf::Scratch& s, tf::Scratch::Mine& mine, int begin, int count, tf::Team team) {
-        tf::Row rows[tf::kTile] = {};
-        for (int i = 0; i < count; i++) rows[i] = {slots[begin + i], tokens[begin + i], positions[begin + i]};
-        pool.tile(s, mine, rows, count, true, team);
-        for (int i = team.begin(count); i < team.end(count); i++) {
-            float* row = &s.logits[(size_t)i * m.head.n];
-            int at = begin + i;
-            out[at] = tf::draw(row, m.vocab, how, keys[at], (uint64_t)counters[at], mine.weights, mine.ids, &logprobs[at]);
-            if (logits) std::memcpy(logits + (size_t)at * m.vocab, row, sizeof(float) * m.vocab);
-        }
-        team.meet();
-    };
     bool together = pool.together((n + 1) / 2);
-    std::vector<int> starts = tf::cut(pool, positions, n, together ? 1 : pool.workers.count());
+    std::vector<int> starts = tf::cut(pool, positions, n, together ? 1 : pool.workers.count(), together ? tf::kTile : tf::kOwn);
     int tiles = (int)starts.size() - 1;
     for (size_t i = 0; i < (together ? 1 : pool.scratch.size()); i++) pool.scratch[i]->logits.resize((size_t)tf::kTile * m.head.n);
     if (!together)
         pool.workers.share(tiles, [&](int thread, int index) {
             tf::Scratch& s = *pool.scratch[thread];
-            run(s, s.mine, starts[index], starts[index + 1] - starts[index], {});
+            bool late[2] = {};
+            tf::run_burst(pool, s, s.mine, burst, slots, starts[index], starts[index + 1], late, {});
         });
-    else
+    else {
+        bool late[2] = {};
         pool.workers.all([&](int thread) {
             for (int i = 0; i < tiles; i++)
-                run(*pool.scratch[0], pool.scratch[thread]->mine, starts[i], starts[i + 1] - starts[i], {thread, pool.workers.count(), &pool.barrier});
+                tf::run_burst(pool, *pool.scratch[0], pool.scratch[thread]->mine, burst, slots, starts[i], starts[i + 1], late, {thread, pool.workers.count(), &pool.barrier});
         });
+    }
     return 0;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def library() -> ctypes.CDLL:
         "tf_model_free": (None, [pointer]),
         "tf_pool_new": (pointer, [pointer, i32, i32, i32, i32, i64, pointer, pointer]),
         "tf_pool_free": (None, [pointer]),
-        "tf_step": (i32, [pointer, i32, *[pointer] * 5, f64, i32, f64, *[pointer] * 3]),
+        "tf_step": (i32, [pointer, i32, *[pointer] * 5, f64, i32, f64, i32, *[pointer] * 3, f64, *[pointer] * 4]),
         "tf_prefill": (i32, [pointer, i32, *[pointer] * 4]),
         "tf_keep": (pointer, [pointer, i32, i32]),
         "tf_resume": (i32, [pointer, i32, pointer, i32]),
@@ -189,20 +190,52 @@ class NativePool:
         A token of -1 marks a row whose logits are not finite. `logits` (n, vocab), where given, receives the logits.
         Raises MemoryError where no page is left; then nothing has been fed.
         """
+        one = np.ones(len(slots), np.int32)
+        way = (temperature, top_k, top_p)
+        out, logprobs = self.burst(slots, tokens, positions, keys, counters, *way, 1, one, logits=logits)
+        return out[0], logprobs[0]
+
+    def burst(
+        self,
+        slots: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        keys: NDArray[np.uint64],
+        counters: NDArray[np.int64],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        steps: int,
+        rooms: NDArray[np.int32],
+        ends: NDArray[np.bool_] | None = None,
+        eos: NDArray[np.bool_] | None = None,
+        seconds: float = math.inf,
+        interrupted: NDArray[np.bool_] | None = None,
+        logits: NDArray[np.float32] | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """`step`, at most `steps` times in a row: tokens and log-probabilities, each (steps, n).
+
+        Row i draws at most rooms[i] tokens (1 or more); where ends[i] it draws none behind one that `eos` (vocab)
+        marks. No row begins a step but the first once `seconds` are over or the one value of `interrupted` is true,
+        which another thread may set. NOT_DRAWN stands where nothing was drawn.
+        `logits` receives those of each row's last step.
+        """
         count = len(slots)
-        out, logprobs = np.empty(count, np.int32), np.empty(count, np.float64)
+        out, logprobs = np.empty((steps, count), np.int32), np.empty((steps, count), np.float64)
+        ends = np.zeros(count, bool) if ends is None else ends
+        eos = np.zeros(self._model.shape.vocab, bool) if eos is None else eos
         arrays: tuple[NDArray[Any], ...] = (slots, tokens, positions, keys, counters)
-        for array, kind in zip(arrays, COLUMNS, strict=True):
+        for array, kind in zip((*arrays, rooms, ends), (*COLUMNS, np.dtype(np.int32), np.dtype(bool)), strict=True):
             if array.dtype != kind or len(array) != count or not array.flags.c_contiguous:
                 raise ValueError(f"expected {count} contiguous {kind}, got {len(array)} {array.dtype}")
         if logits is not None and (logits.shape != (count, self._model.shape.vocab) or logits.dtype != np.float32):
             raise ValueError(f"logits must be float32 ({count}, {self._model.shape.vocab})")
         given = [_address(array) for array in arrays]
-        room = None if logits is None else _address(logits)
-        full = self._lib.tf_step(
-            self._handle, count, *given, temperature, top_k, top_p, _address(out), _address(logprobs), room
-        )
-        self._check(full)
+        limits = [_address(array) for array in (rooms, ends, eos)]
+        flag = None if interrupted is None else _address(interrupted)
+        found = [_address(out), _address(logprobs), None if logits is None else _address(logits)]
+        way = (temperature, top_k, top_p, steps)
+        self._check(self._lib.tf_step(self._handle, count, *given, *way, *limits, seconds, flag, *found))
         return out, logprobs
 
     def prefill(

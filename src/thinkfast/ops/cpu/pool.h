@@ -1,0 +1,247 @@
+// The pool of slots: a tile of rows goes through all layers while its activations stay in cache.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <string>
+
+#include "model.h"
+#include "sample.h"
+#include "workers.h"
+
+namespace tf {
+
+// Weights beyond this many bytes no longer fit a core's cache: then all threads work on the same rows, each with its
+// columns of every matrix, so that a step reads the weights once. Below, every thread has rows of its own.
+constexpr size_t kSmall = 8 << 20;
+
+// Rows of a tile where every thread has its own: with several steps in a row their states, or what is left of the keys of
+// short prompts, stay in the second level of cache, and there are tiles to share out.
+constexpr int kOwn = 32;
+
+constexpr size_t kNear = 3 << 19;  // bytes fetched ahead at most
+
+struct Row {
+    int slot, token, position;
+};
+
+// Activations of a tile; `mine` are those of one thread.
+struct Scratch {
+    std::vector<float> x, normed, wide, middle, logits;
+    std::vector<Query> queries;
+    struct Mine {
+        std::vector<float> steps, decays, scores;
+        std::vector<double> weights;
+        std::vector<Query*> list;
+        std::vector<const char*> table;
+        std::vector<int> ids;
+    } mine;
+
+    explicit Scratch(const Model& m)
+        : x((size_t)kTile * m.hidden_padded()), normed((size_t)kTile * m.hidden_padded()), wide((size_t)kTile * m.wide() + kSpare),
+          middle((size_t)kTile * m.middle() + kSpare), queries((size_t)kTile * m.heads) {
+        mine.steps.resize(m.mamba.heads + kSpare);
+        mine.decays.resize(m.mamba.heads + kSpare);
+        mine.scores.resize((size_t)kBatch * kScores);
+        mine.list.resize((size_t)kTile * m.heads);
+        mine.table.resize((size_t)kTile * kChunk);
+    }
+};
+
+struct Pool {
+    const Model& model;
+    Memory memory;
+    Workers workers;
+    Barrier barrier;
+    std::vector<float> cos, sin;
+    std::vector<std::unique_ptr<Scratch>> scratch;
+
+    Pool(const Model& m, int slots, int capacity, bool half, int threads, size_t limit, const float* cosines, const float* sines)
+        : model(m), memory(m, slots, capacity, half, limit), workers(threads),
+          cos(cosines, cosines + (size_t)capacity * (m.head_dim / 2)), sin(sines, sines + (size_t)capacity * (m.head_dim / 2)) {
+        for (int i = 0; i < threads; i++) scratch.push_back(std::make_unique<Scratch>(m));
+    }
+
+    bool together(int pieces) const { return workers.count() > 1 && (model.bytes > kSmall || pieces < workers.count()); }
+
+    void rotate(float* x, int position, float scale) const {
+        int half = model.head_dim / 2;
+        const float *c = &cos[(size_t)position * half], *s = &sin[(size_t)position * half];
+        for (int i = 0; i < half; i++) {
+            float first = x[i], second = x[i + half];
+            x[i] = (first * c[i] - second * s[i]) * scale;
+            x[i + half] = (second * c[i] + first * s[i]) * scale;
+        }
+    }
+
+    // Turns a row's queries and keys, and stores its keys and values.
+    template <class T>
+    void remember(const Layer& layer, const Row& row, float* qkv, float* y, Query* queries) const {
+        const Model& m = model;
+        float scale = 1.0f / std::sqrt((float)m.head_dim);
+        for (int h = 0; h < m.heads; h++) {
+            float* q = qkv + (size_t)h * m.dim;
+            rotate(q, row.position, scale);
+            queries[h] = {q, y + (size_t)h * m.dim, row.position + 1, nullptr, -INFINITY, 0.0f};
+        }
+        float* keys = qkv + (size_t)m.heads * m.dim;
+        float* values = keys + (size_t)m.kv_heads * m.dim;
+        int page = memory.pages(row.slot)[row.position / kPage];
+        for (int head = 0; head < m.kv_heads; head++) {
+            rotate(keys + (size_t)head * m.dim, row.position, 1.0f);
+            append(memory.page<T>(page, layer.index, head), row.position % kPage, m.dim, keys + (size_t)head * m.dim, values + (size_t)head * m.dim);
+        }
+    }
+
+    // Attention of rows [first, last) to one kv head. Neighbours that begin with the same pages read them together.
+    template <class T>
+    void attend(const Layer& layer, int head, const Row* rows, int first, int last, Query* queries, Scratch::Mine& mine) const {
+        const Model& m = model;
+        int share = m.heads / m.kv_heads;
+        auto pages = [&](int r) -> const std::vector<int>& { return memory.pages(rows[r].slot); };
+        auto keys = [&](int r, int p) {
+            const std::vector<int>& held = pages(r);
+            return reinterpret_cast<const char*>(memory.page<T>(held[std::min(p, (int)held.size() - 1)], layer.index, head));
+        };
+        auto chunk = [&](int begin, int end, int c, int after) {
+            int n = 0, from = c * kScores;
+            for (int r = begin; r < end; r++) {
+                const char** table = &mine.table[(size_t)(r - begin) * kChunk];
+                if (rows[r].position < from) continue;
+                // Places behind the row's end are read along with its neighbours' and masked: any page of its own will do.
+                for (int p = 0; p < kChunk; p++) table[p] = keys(r, c * kChunk + p);
+                for (int h = 0; h < share; h++) {
+                    Query& q = queries[(size_t)r * m.heads + head * share + h];
+                    q.pages = table;
+                    mine.list[n++] = &q;
+                }
+            }
+            bool more = end - begin > 1 || rows[begin].position >= from + kScores;
+            int r = more ? begin : after, p = more ? (c + 1) * kChunk : 0;
+            const char* next[2] = {keys(r, p), keys(r, p + 1)};
+            if (n) attend_chunk<T>(mine.list.data(), n, from, next, m.dim, m.head_dim, mine.scores.data());
+        };
+        for (int begin = first; begin < last;) {
+            int end = begin + 1, common = 0, longest = rows[begin].position;
+            for (; end < last && pages(end)[0] == pages(begin)[0]; end++) {
+                auto &a = pages(begin), &b = pages(end);
+                int equal = (int)(std::mismatch(a.begin(), a.begin() + std::min(a.size(), b.size()), b.begin()).first - a.begin());
+                common = end == begin + 1 ? equal : std::min(common, equal);
+                longest = std::max(longest, rows[end].position);
+            }
+            int shared = std::min((common + kChunk - 1) / kChunk, longest / kScores + 1);
+            for (int c = 0; c < shared; c++) chunk(begin, end, c, begin);
+            for (int r = begin; r < end; r++)
+                for (int c = shared; c * kScores <= rows[r].position; c++) chunk(r, r + 1, c, std::min(r + 1, last - 1));
+            begin = end;
+        }
+        for (int r = first; r < last; r++)
+            for (int h = 0; h < share; h++) {
+                Query& q = queries[(size_t)r * m.heads + head * share + h];
+                for (int d = 0; d < m.dim; d += kLanes) store(q.y + d, load(q.y + d) * (1.0f / q.total));
+            }
+    }
+
+    template <class T>
+    void attention(Scratch& s, Scratch::Mine& mine, const Layer& layer, const Row* rows, int n, Team team) const {
+        const Model& m = model;
+        int width = layer.qkv.n, out = m.heads * m.dim;
+        for (int r = team.begin(n); r < team.end(n); r++)
+            remember<T>(layer, rows[r], &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], &s.queries[(size_t)r * m.heads]);
+        team.meet();
+        int begin = team.begin(m.kv_heads * n), end = team.end(m.kv_heads * n);
+        for (int head = 0; head < m.kv_heads; head++) {
+            int first = std::max(begin - head * n, 0), last = std::min(end - head * n, n);
+            if (first < last) attend<T>(layer, head, rows, first, last, s.queries.data(), mine);
+        }
+    }
+
+    void mamba(Scratch& s, Scratch::Mine& mine, const Layer& layer, const Row* rows, int n, Team team) const {
+        const Model& m = model;
+        const MambaShape& shape = m.mamba;
+        const MambaWeights& w = layer.mamba;
+        const int width = w.in_proj.n, out = shape.inner() + kSpare;
+        auto memory_of = [&](int r) { return memory.mamba(rows[r].slot, layer.index); };
+        auto channels_of = [&](int r) { return &s.wide[(size_t)r * width + shape.inner()]; };
+        // Rows of one slot go in order: channels and heads are shared out, not rows.
+        int blocks = shape.channels_padded() / kSpare;
+        for (int r = 0; r < n; r++) {
+            auto mix = shape.taps == 4 ? convolve<4> : convolve<0>;
+            mix(shape, w, memory_of(r), channels_of(r), rows[r].position, team.begin(blocks) * kSpare, team.end(blocks) * kSpare);
+        }
+        team.meet();
+        int first = team.begin(shape.heads), last = team.end(shape.heads);
+        for (int r = 0; r < n; r++) {
+            float *state = memory_of(r) + shape.ring_size(), *next = memory_of(std::min(r + 1, n - 1)) + shape.ring_size();
+            float* channels = channels_of(r);
+            pace(shape, w, channels + shape.channels(), mine.steps.data(), mine.decays.data());
+            update_state(shape, w, state, next, rows[r].position == 0, channels, mine.steps.data(), mine.decays.data(), &s.middle[(size_t)r * out], first, last);
+        }
+        team.meet();
+        for (int r = team.begin(n); r < team.end(n); r++) gated_norm(shape, w, &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], m.eps);
+    }
+
+    // The memory of neighbouring slots in a Mamba layer, where it fits into the second level of cache.
+    Ahead states(const Layer* layer, const Row* rows, int n, Team team) const {
+        size_t bytes = sizeof(float) * model.mamba.slot_size() * n;
+        if (!layer || layer->attention || team.size > 1 || bytes > kNear) return {};
+        const char* at = reinterpret_cast<const char*>(memory.mamba(rows[0].slot, layer->index));
+        return {at, at + bytes};
+    }
+
+    // A tile of rows through all layers. Rows of one slot stand in the order of their positions. With `logits`, leaves them in scratch.
+    void tile(Scratch& s, Scratch::Mine& mine, const Row* rows, int n, bool logits, Team team) const {
+        const Model& m = model;
+        const int ld = m.hidden_padded();
+        const int begin = team.begin(n), end = team.end(n);
+        for (int r = begin; r < end; r++) m.embedding(rows[r].token, &s.x[(size_t)r * ld]);
+        auto norm = [&](const std::vector<float>& weight) {
+            for (int r = begin; r < end; r++) rms_norm(&s.x[(size_t)r * ld], weight.data(), &s.normed[(size_t)r * ld], m.hidden, m.eps);
+            team.meet();
+        };
+        Ahead later = states(m.layers.empty() ? nullptr : &m.layers[0], rows, n, team);
+        auto product = [&](const std::vector<float>& x, int ldx, const Packed& w, std::vector<float>& y, int ldy, bool add) {
+            gemm(x.data(), ldx, n, w, y.data(), ldy, add, team.begin(w.panels()), team.end(w.panels()), later);
+            team.meet();
+        };
+        for (const Layer& layer : m.layers) {
+            norm(layer.input_norm);
+            const Packed& in = layer.attention ? layer.qkv : layer.mamba.in_proj;
+            product(s.normed, ld, in, s.wide, in.n, false);
+            if (!layer.attention) mamba(s, mine, layer, rows, n, team);
+            else if (memory.half()) attention<Bf16>(s, mine, layer, rows, n, team);
+            else attention<float>(s, mine, layer, rows, n, team);
+            team.meet();
+            if (layer.attention) product(s.middle, m.heads * m.dim, layer.o, s.x, ld, true);
+            else product(s.middle, m.mamba.inner() + kSpare, layer.mamba.out_proj, s.x, ld, true);
+            norm(layer.post_norm);
+            later = states(&layer == &m.layers.back() ? nullptr : &layer + 1, rows, n, team);
+            gemm_swiglu(s.normed.data(), ld, n, layer.gate, layer.up, s.middle.data(), layer.gate.n, team.begin(layer.gate.panels()), team.end(layer.gate.panels()), later);
+            team.meet();
+            product(s.middle, layer.gate.n, layer.down, s.x, ld, true);
+        }
+        if (!logits) return;
+        norm(m.norm);
+        product(s.normed, ld, m.head, s.logits, m.head.n, false);
+    }
+};
+
+// Cuts the rows into tiles of about equal cost, an even number of at most `most` rows each, whole rounds of threads.
+static inline std::vector<int> cut(const Pool& pool, const int32_t* positions, int n, int threads, int most) {
+    const Model& m = pool.model;
+    // In multiply-adds; a token of context costs a little more than its 2 * dim products a head.
+    double fixed = 2.0 * m.hidden * (2.0 * m.inter + m.hidden) * m.layers.size(), each = 3.0 * m.heads * m.dim * m.attention_layers;
+    int tiles = std::min(round_up((n + most - 1) / most, threads), (n + 1) / 2);
+    double total = 0.0, reached = 0.0;
+    for (int i = 0; i < n; i++) total += fixed + each * positions[i];
+    std::vector<int> starts{0};
+    for (int i = 0; i < n; i++) {
+        reached += fixed + each * positions[i];
+        int held = i + 1 - starts.back();
+        bool enough = held >= most || reached * tiles >= total * starts.size();
+        if (i + 1 < n && held % 2 == 0 && enough) starts.push_back(i + 1);
+    }
+    starts.push_back(n);
+    return starts;
+}
+
+}  // namespace tf
