@@ -5,7 +5,7 @@ COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-scale compat llama llamba harness load package docs clean
+.PHONY: help demo test lint types bench bench-llama bench-scale compat llama llamba harness load package docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -34,6 +34,11 @@ bench: $(VENV)/.dev-installed  ## decoding and feeding prompts, ours and transfo
 	$(BIN)/thinkfast bench bundled runs/bench/pure --batches 64 --contexts 600 --shared 0,512 --prompts 512 --out $(RESULTS)/decode-shared.json
 	$(BIN)/thinkfast bench $(SHAPE) $(SHAPE)-hybrid $(SHAPE)-pure --batches 32 --contexts 512 --out $(RESULTS)/decode-135m.json
 	$(BIN)/python benchmarks/compile_or_cpp.py bundled runs/bench/pure --out $(RESULTS)/compile-or-cpp.json
+
+bench-llama: $(VENV)/.dev-installed  ## decoding of an exported student beside llama.cpp, which is compiled for it (some minutes)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[llama]"
+	$(BIN)/thinkfast convert bundled runs/bench/pure >/dev/null
+	$(BIN)/thinkfast bench bundled runs/bench/pure --batches 1,128 --contexts 1000 --backends native,llama.cpp --out $(RESULTS)/decode-llama.json
 
 compat: $(VENV)/.dev-installed  ## exports in transformers 5.16 and 4.57, each in an environment of its own
 	for version in $(COMPAT); do \
@@ -70,7 +75,7 @@ package: $(VENV)/.dev-installed  ## wheel and sdist in dist/, checked
 	$(BIN)/twine check --strict dist/*
 
 docs: $(VENV)/.dev-installed  ## the documentation site in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) .venv-compat .venv-llamba .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
