@@ -32,8 +32,9 @@ from thinkfast.scale.sample import sample_model
 PRICE = 2.5  # dollars an hour, an example
 LIVE_PROBLEMS, LIVE_SECONDS, LIVE_N = 160, 60.0, 64
 STOP_ERROR = 0.2
-TRAINING_PROBLEMS, TRAINING_N = 420, 8
+TRAINING_PROBLEMS, TRAINING_N, TRAINING_STEPS = 1200, 3, 500
 PILOT = 4
+FORECAST = {"live": 270, "verifier": 690, "plan": 15, "curves": 15, "retention": 60, "estimators": 15}  # seconds
 
 
 class Bench:
@@ -88,25 +89,25 @@ class Bench:
         return document, words
 
     def verifier(self) -> tuple[dict[str, Any], list[str]]:
-        """Trained on the teacher's samples of training problems, measured on samples of the run's problems."""
-        made = section(Problems, {"seed": 77, "count": TRAINING_PROBLEMS, "levels": self.recipe.problems.levels})
+        """Trained on the teacher's samples of training problems, measured on the run's own samples of two models."""
+        levels = self.recipe.corpus.levels
+        made = section(Problems, {"seed": 77, "count": TRAINING_PROBLEMS, "levels": levels})
         problems = stages.generated(made, "train")
         source = self.work / "train" / "samples"
         records.write_text(self.work / "train" / "problems.jsonl", dump_problems(problems))
-        self.draw(self.teacher, problems, source, n=TRAINING_N, seconds=6000.0, slots=(64,), trial_seconds=1.0, seed=0)
+        self.draw(self.teacher, problems, source, n=TRAINING_N, seconds=6000.0, slots=(64,), seed=0)
         teacher, place = self.run / "models" / self.teacher, self.work / "verifier"
-        document = {"held_out": rewards.train_file(teacher, source, source.parent / "problems.jsonl", place, {}, 0)}
+        values = {"steps": TRAINING_STEPS}
+        document = {"held_out": rewards.train_file(teacher, source, source.parent / "problems.jsonl", place, values, 0)}
         words = ["held-out training problems:", *rewards.verification_in_words(document["held_out"])]
-        scored, sources = [], [self.work / "uniform" / name for name in (self.teacher, self.student)]
+        scored, sources = [], [self.run / "samples" / name for name in (self.teacher, self.student)]
         for drawn in sources:
             scored.append(self.work / "rewards" / drawn.name)
-            rewards.score_file(place, drawn, self.fewer, scored[-1], "last", None)
-            document[drawn.name] = rewards.worth_of_rewards(drawn, self.fewer, scored[-1])
+            rewards.score_file(place, drawn, self.problems, scored[-1], "last", None)
+            document[drawn.name] = rewards.worth_of_rewards(drawn, self.problems, scored[-1])
             words += [f"samples of {drawn.name}:", *rewards.verification_in_words(document[drawn.name])]
-        last = LIVE_SECONDS / len(self.chosen)
-        settings = section(Compare, {"baseline": sources[0].name, "grid": {"first": last / 15, "last": last}})
         for counted in ((), ("rewards",)):
-            found = spending.compare_sources(sources, self.fewer, settings, None, scored, None, counted)
+            found = spending.compare_sources(sources, self.problems, self.recipe.compare, None, scored, None, counted)
             key = "by_time" if not counted else "by_time_with_reward_seconds"
             document[key] = {"seconds": found["seconds"], "models": found["by_time"]}
         return document, words
@@ -171,7 +172,12 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=parts, help=f"of {', '.join(parts)}; by default all")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    unknown = next((name for name in given.parts if name not in parts), None)
+    if unknown is not None:
+        parser.error(f"part {unknown!r}: expected some of {', '.join(parts)}")
     bench = Bench(given.run, given.out)
+    minutes = sum(FORECAST[name] for name in given.parts) / 60
+    print(f"about {minutes:.0f} minutes on two idle cores, less by what is in {bench.work} already", flush=True)
     note_file = given.out / "note.json"
     note = records.read_json(note_file) if note_file.exists() else {"seconds": {}}
     for name in given.parts:

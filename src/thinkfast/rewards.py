@@ -110,14 +110,13 @@ def _scored(
     return map(one, samples)
 
 
-def _example(
-    tokenizer: Tokenizer, problem: str, row: SampleRow, correct: bool, labels: tuple[float, ...] | None = None
-) -> Example:
+def _example(tokenizer: Tokenizer, problem: str, row: SampleRow, correct: bool) -> Example:
     from thinkfast.data.chat import render_prompt
     from thinkfast.scale.verifier import Example
 
     answer = tokenizer.encode(row.text) + ([tokenizer.eos_id] if row.finish_reason == "stop" else [])
-    return Example(tuple(render_prompt(tokenizer, problem)), tuple(answer or [tokenizer.eos_id]), correct, labels)
+    prompt = tuple(render_prompt(tokenizer, problem))
+    return Example(prompt, tuple(answer or [tokenizer.eos_id]), correct, logprob=row.logprob_sum)
 
 
 def train_file(
@@ -175,7 +174,7 @@ def _labelled(
     groups: Sequence[list[Example]],
     n: int,
 ) -> list[list[Example]]:
-    """Step labels for two right and two wrong samples of every mixed problem; the others stay as they are."""
+    """Step labels for the two likeliest right and wrong samples of every mixed problem; the others stay as they are."""
     from thinkfast.engine import Engine, SamplingParams
     from thinkfast.model.checkpoint import load_model
     from thinkfast.scale.grade import Grader, extract_answer
@@ -188,6 +187,7 @@ def _labelled(
     for g, group in enumerate(groups):
         for kind in (True, False):
             alike = [i for i, example in enumerate(group) if example.correct is kind]
+            alike.sort(key=lambda i: -group[i].logprob)
             chosen += [(g, i) for i in alike[:2]] if 0 < len(alike) < len(group) else []
     longest = max((len(e.answer) for group in groups for e in group), default=1)
 

@@ -18,7 +18,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,9 +44,9 @@ class VerifierSettings:
     """steps: updates, each on about `batch_tokens` tokens of a few problems. text_weight, pair_weight, step_weight: of
     the likelihood of right samples, of pairs and of step labels. frozen: only the head learns."""
 
-    steps: int = 200
-    batch_tokens: int = 8_000
-    lr: float = 1e-3
+    steps: int = 500
+    batch_tokens: int = 4_000
+    lr: float = 4e-4
     text_weight: float = 1.0
     pair_weight: float = 1.0
     step_weight: float = 0.5
@@ -55,12 +56,14 @@ class VerifierSettings:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A graded completion. labels: for every step end the share of continuations that came out right, or None."""
+    """A graded completion. labels: for every step end the share of continuations that came out right, or None.
+    logprob: what its sampler gave it, where known."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     correct: bool
     labels: tuple[float, ...] | None = None
+    logprob: float = 0.0
 
 
 class Scores(NamedTuple):
@@ -161,7 +164,8 @@ def train_verifier(
     torch.manual_seed(settings.seed)
     model = Verifier(decoder, step_ends(tokenizer, decoder.config.vocab_size)).train()
     decoder.requires_grad_(not settings.frozen)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=0.01)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
     if (out / STATE).exists():
         state = torch.load(io.BytesIO((out / STATE).read_bytes()), weights_only=True)
@@ -169,14 +173,13 @@ def train_verifier(
         optimiser.load_state_dict(state["optimiser"])
         losses = state["losses"]
     saved = time.monotonic()
-    for step in range(len(losses), settings.steps):
+    for step, batch in enumerate(islice(_batches(useful, settings), len(losses), settings.steps), len(losses)):
         warm = min(1.0, (step + 1) / (0.05 * settings.steps))
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        batch = _batch(useful, settings, step)
         loss = verifier_loss(model, batch, tokenizer.pad_id, settings)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         losses.append(loss.item())
@@ -191,22 +194,26 @@ def train_verifier(
     return losses
 
 
-def _batch(useful: Sequence[Sequence[Example]], settings: VerifierSettings, step: int) -> list[list[Example]]:
-    """Problems drawn for one update, up to two right and two wrong samples of each, up to the tokens of a batch."""
-    dice = np.random.default_rng([settings.seed, step])
+def _batches(useful: Sequence[Sequence[Example]], settings: VerifierSettings) -> Iterator[list[list[Example]]]:
+    """Batches without end: every problem once a pass, in another order each time, up to the tokens of a batch.
+
+    A problem gives the likeliest of its right samples, the others being near copies of it or right in spite of a slip,
+    which must not be learnt, and one of its wrong ones.
+    """
+    dice = np.random.default_rng(settings.seed)
     batch: list[list[Example]] = []
     tokens = 0
-    for place in dice.permutation(len(useful)):
-        group = useful[place]
-        drawn = []
-        for kind in (True, False):
-            alike = [example for example in group if example.correct is kind]
-            drawn += [alike[i] for i in dice.permutation(len(alike))[:2]]
-        batch.append(drawn)
-        tokens += sum(len(example.prompt) + len(example.answer) for example in drawn)
-        if tokens >= settings.batch_tokens:
-            break
-    return batch
+    while True:
+        for place in dice.permutation(len(useful)):
+            drawn = [max((e for e in useful[place] if e.correct), key=lambda e: e.logprob)]
+            wrong = [example for example in useful[place] if not example.correct]
+            if wrong:
+                drawn.append(wrong[dice.integers(len(wrong))])
+            batch.append(drawn)
+            tokens += sum(len(example.prompt) + len(example.answer) for example in drawn)
+            if tokens >= settings.batch_tokens:
+                yield batch
+                batch, tokens = [], 0
 
 
 def _save_state(model: Verifier, optimiser: torch.optim.Optimizer, losses: list[float], out: Path) -> None:
@@ -279,7 +286,7 @@ def rollout_labels(
         begun = examples[i].answer[: at + 1]
         shares[i, at] = sum(right(i, (*begun, *rest)) for rest in drawn) / max(len(drawn), 1)
     return [
-        Example(e.prompt, e.answer, e.correct, (*(shares[i, at] for at in places), float(e.correct)))
+        replace(e, labels=(*(shares[i, at] for at in places), float(e.correct)))
         for i, (e, places) in enumerate(zip(examples, cuts, strict=True))
     ]
 
