@@ -111,19 +111,18 @@ async def phase(
     tasks = [client(connection, asked, until, index) for index, connection in enumerate(connections)]
     strange = [odd(server, name, problems[0], until, kind, seen) for kind in ODD]
     work = asyncio.gather(asyncio.gather(*tasks), *strange)
-    watch = Connection(server)
     await asyncio.sleep(min(WARM, seconds / 4))
     used, server_used, lost = time.process_time(), server.cpu(), stolen()
-    first, since, running = await figures(watch), time.monotonic(), []
+    first, since, running = await figures(server), time.monotonic(), []
     while time.monotonic() < until:
         memory.append((time.monotonic() - began, server.memory()))
         await asyncio.sleep(min(1.0, max(0.0, until - time.monotonic())))
-        running.append((await figures(watch))["running_samples"])
-    last, now = await figures(watch), time.monotonic()
+        running.append((await figures(server))["running_samples"])
+    last, now = await figures(server), time.monotonic()
     cpu = {"clients": time.process_time() - used, "server": server.cpu() - server_used, "of": now - since}
     lost = stolen() - lost
     done = await work
-    for connection in (*connections, watch):
+    for connection in connections:
         connection.close()
     grown = {name: (last[name] - first[name]) / (now - since) for name in last}
     worth = grown["decoded_tokens"] - grown["dropped_tokens"]
@@ -131,9 +130,11 @@ async def phase(
     return Phase(seconds, worth, grown["ended_tokens_total"], statistics.mean(running), cpu, lost, rows)
 
 
-async def figures(watch: Connection) -> dict[str, float]:
+async def figures(server: Server) -> dict[str, float]:
     """What the server counts for its model."""
-    page = (await watch.get("/metrics"))[1].decode()
+    connection = Connection(server)
+    page = (await connection.get("/metrics"))[1].decode()
+    connection.close()
     lines = [line.removeprefix("thinkfast_").rsplit(" ", 1) for line in page.splitlines() if "{model=" in line]
     return {name.partition("{")[0]: float(value) for name, value in lines}
 

@@ -90,7 +90,7 @@ class Ticket:
         self.submitted = time.monotonic()
         self.key = prompt_key(request.params.seed, request.prompt)
         self.prefix = Prefix(request.prompt, engine.engine.kept_bytes(len(request.prompt) - 1))
-        self.new = True
+        self.new, self.closed = True, False
         self.running: dict[int, int] = {}
         self.sent: dict[int, int] = {}
         self.likely: dict[int, list[tuple[tuple[int, float], ...]]] = {}
@@ -100,8 +100,9 @@ class Ticket:
         self.served = 0.0
 
     def cancel(self) -> None:
-        """Ends the request within a step; its running samples are dropped."""
-        self._engine.command(lambda: self._engine.close_ticket(self, CANCELLED))
+        """Ends the request within a step, if it is still there; its running samples are dropped."""
+        if not self.closed:
+            self._engine.command(lambda: self._engine.close_ticket(self, CANCELLED))
 
     def end(self, index: int) -> None:
         """Ends sample `index` within a step, as if it had met a stop sequence."""
@@ -174,14 +175,14 @@ class LiveEngine:
             ticket.prefix, self._settled = alike or ticket.prefix, False
             self._live.append(ticket)
 
-        self.command(enter)
+        self.command(enter, at_once=not self._table.active.all())
         return ticket
 
-    def command(self, call: Callable[[], None]) -> None:
-        """Has the thread call `call` between two steps."""
+    def command(self, call: Callable[[], None], at_once: bool = True) -> None:
+        """Has the thread call `call` between two steps, or else behind those that are being made in a row."""
         with self._wake:
             self._commands.append(call)
-            if isinstance(self._memory, Ahead):
+            if at_once and isinstance(self._memory, Ahead):
                 self._memory.interrupt(True)
             self._wake.notify()
 
@@ -206,6 +207,7 @@ class LiveEngine:
         if ticket not in self._live:
             return
         self._live.remove(ticket)
+        ticket.closed = True
         now = time.monotonic()
         for index, slot in list(ticket.running.items()):
             if reason == DEADLINE:
