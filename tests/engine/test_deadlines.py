@@ -13,7 +13,8 @@ from thinkfast.engine import live as live_module
 from thinkfast.engine import prefill
 from thinkfast.engine.backends import Kept, Memory
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.live import Closed, Drawn, Event, LiveEngine, Request
+from thinkfast.engine.live import LiveEngine
+from thinkfast.engine.request import Closed, Drawn, Event, Request
 from thinkfast.engine.sampling import SamplingParams
 from thinkfast.engine.slots import SlotTable
 from thinkfast.model.decoder import Decoder

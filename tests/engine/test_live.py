@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.live import Closed, Drawn, Event, LiveEngine, Piece, Request, Ticket
+from thinkfast.engine.live import LiveEngine, Ticket
+from thinkfast.engine.request import Closed, Drawn, Event, Piece, Request
 from thinkfast.engine.sampling import SamplingParams
 from thinkfast.errors import BadInput
 from thinkfast.model.decoder import Decoder

@@ -13,7 +13,8 @@ import torch
 from thinkfast.engine import prefill
 from thinkfast.engine.backends import Kept, Memory, open_backend
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.live import Closed, Drawn, Event, LiveEngine, Request
+from thinkfast.engine.live import LiveEngine
+from thinkfast.engine.request import Closed, Drawn, Event, Request
 from thinkfast.engine.sampling import SamplingParams
 from thinkfast.engine.slots import SlotTable
 from thinkfast.model.cache import Cache

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.live import Closed, Drawn, Event, LiveEngine, Request
+from thinkfast.engine.live import LiveEngine
+from thinkfast.engine.request import Closed, Drawn, Event, Request
 from thinkfast.engine.sampling import SamplingParams, probabilities
 from thinkfast.engine.speculative import REFEED, SpeculativeBackend, judge
 from thinkfast.errors import BadInput

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,61 +20,14 @@ from numpy.typing import NDArray
 from thinkfast.engine.backends import Ahead, decode
 from thinkfast.engine.engine import Engine
 from thinkfast.engine.prefill import Prefix, Shelf, feed
-from thinkfast.engine.sampling import DEADLINE, STOP, Sample, SamplingParams, likeliest, prompt_key, sample_key
+from thinkfast.engine.request import CANCELLED, CLOSED, COMPLETE, Closed, Drawn, Listener, Piece, Request
+from thinkfast.engine.sampling import DEADLINE, STOP, SamplingParams, likeliest, prompt_key, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
 
 FLUSH_SECONDS = 0.025
 SHELF_BYTES = 1 << 26  # of prompts' states between requests
 PACE = 0.05  # weight of the newest step in the mean time of a step
-COMPLETE, CANCELLED, CLOSED = "complete", "cancelled", "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Up to `n` samples of one prompt until `deadline` on `time.monotonic()`.
-
-    watch: tell of tokens while samples run, about every 25 ms; such a sample never starts anew.
-    alternatives: with `watch`, so many of the likeliest tokens beside every drawn one.
-    whole: start no sample that would, as long as the shortest one before it, not end by the deadline.
-    """
-
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    n: int
-    deadline: float = math.inf
-    watch: bool = False
-    alternatives: int = 0
-    whole: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens that sample `index` has drawn since its last piece, their log-probabilities, and the likeliest there."""
-
-    index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """Sample `index` has ended; its times are seconds since the request was submitted."""
-
-    index: int
-    sample: Sample
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The last event. `reason` is "complete", "deadline", "cancelled", "closed" (the engine was) or what went wrong."""
-
-    reason: str
-
-
-Event = Piece | Drawn | Closed
-Listener = Callable[[Event], None]
 
 
 class Ticket:

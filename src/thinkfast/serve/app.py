@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from thinkfast import __version__
 from thinkfast.data.chat import render_messages
-from thinkfast.engine.live import Request as Drawing
+from thinkfast.engine.request import Request as Drawing
 from thinkfast.engine.sampling import SamplingParams
 from thinkfast.errors import BadInput
 from thinkfast.scale.grade import Grader

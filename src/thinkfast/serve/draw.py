@@ -11,7 +11,8 @@ from typing import Any
 
 from thinkfast.data.tokenizer import Tokenizer, load_tokenizer
 from thinkfast.engine.engine import Engine
-from thinkfast.engine.live import CLOSED, COMPLETE, Closed, Event, LiveEngine, Piece, Request, Ticket
+from thinkfast.engine.live import LiveEngine, Ticket
+from thinkfast.engine.request import CLOSED, COMPLETE, Closed, Event, Piece, Request
 from thinkfast.engine.sampling import DEADLINE, ERROR, STOP
 from thinkfast.errors import BadInput
 from thinkfast.model.checkpoint import load_model, read_config

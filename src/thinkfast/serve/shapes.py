@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from thinkfast.data.tokenizer import Tokenizer
-from thinkfast.engine.live import Piece
-from thinkfast.engine.live import Request as Drawing
+from thinkfast.engine.request import Piece
+from thinkfast.engine.request import Request as Drawing
 from thinkfast.engine.sampling import STOP
 from thinkfast.serve.ballot import Chain, Outcome
 from thinkfast.serve.draw import Delta

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
-from thinkfast.engine.live import CANCELLED, CLOSED, COMPLETE, Closed, Drawn, Event, Piece, Request
+from thinkfast.engine.request import CANCELLED, CLOSED, COMPLETE, Closed, Drawn, Event, Piece, Request
 from thinkfast.engine.sampling import DEADLINE, SamplingParams
 from thinkfast.scale.grade import Grader
 from thinkfast.serve.ballot import RANKED, Ballot, Chain, Outcome, find_equal, parse_chain
