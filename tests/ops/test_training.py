@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from thinkfast.model.attention import Attention
 from thinkfast.model.config import DecoderConfig, MambaConfig
 from thinkfast.model.layers import RMSNorm, SwiGLU
 from thinkfast.model.mamba2 import Mamba2
@@ -100,6 +101,19 @@ def test_norm_and_swiglu() -> None:
     nn.init.normal_(norm.weight)
     for module in (norm, SwiGLU(48, 80)):
         compare(module, torch.randn(3, 67, 48) * 3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "length", "qk_norm"),
+    [(4, 2, 32, 77, False), (2, 2, 64, 32, True), (3, 1, 32, 130, True)],
+)
+def test_attention(heads: int, kv_heads: int, width: int, length: int, qk_norm: bool) -> None:
+    torch.manual_seed(length)
+    kinds = ("attention",)
+    layer = Attention(DecoderConfig(8, 48, 32, heads, kv_heads, width, kinds, qkv_bias=True, qk_norm=qk_norm))
+    with torch.no_grad():
+        layer.q_proj.weight.mul_(3)
+    compare(layer, torch.randn(3, length, 48))
 
 
 @pytest.mark.parametrize("sizes", [(48, 72), (40, 80), (8, 16)])

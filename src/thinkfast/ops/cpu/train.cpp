@@ -2,6 +2,7 @@
 // that does not depend on the number of threads.
 #include <algorithm>
 
+#include "attend.h"
 #include "scan.h"
 
 using namespace tf;
@@ -106,6 +107,29 @@ void tf_mixer_backward(const int32_t* sizes, double eps, const float* const* wei
     each(m, sequences, bounds, threads, [&](int i, int group, size_t first, int length, size_t kept) {
         size_t at = first * m.inner(), row = first * m.row();
         scan_backward(m, w, group, length, rows + row, y + at, states + kept, dout + at, drows + row, Sums(m, sums + (size_t)i * m.sums()));
+    });
+}
+
+// q and out (rows, heads * width), k and v (rows, kv_heads * width); sizes: heads, kv_heads, width.
+void tf_attend(const int32_t* sizes, const float* cosines, const float* sines, int32_t sequences, const int64_t* bounds, const float* q,
+               const float* k, const float* v, float* out, float* log_sums, int32_t threads) {
+    const Heads h{sizes[0], sizes[1], sizes[2], cosines, sines};
+    share(sequences * h.kv_heads, threads, [&](int index) {
+        const size_t first = bounds[index / h.kv_heads], length = bounds[index / h.kv_heads + 1] - first, group = index % h.kv_heads;
+        const size_t query = first * h.row(false) + group * h.shared() * h.width, key = first * h.row(true) + group * h.width;
+        attend(h, (int)length, q + query, k + key, v + key, out + query, log_sums + first * h.heads + group * h.shared() * length);
+    });
+}
+
+void tf_attend_backward(const int32_t* sizes, const float* cosines, const float* sines, int32_t sequences, const int64_t* bounds,
+                        const float* q, const float* k, const float* v, const float* out, const float* log_sums, const float* dout,
+                        float* dq, float* dk, float* dv, int32_t threads) {
+    const Heads h{sizes[0], sizes[1], sizes[2], cosines, sines};
+    share(sequences * h.kv_heads, threads, [&](int index) {
+        const size_t first = bounds[index / h.kv_heads], length = bounds[index / h.kv_heads + 1] - first, group = index % h.kv_heads;
+        const size_t query = first * h.row(false) + group * h.shared() * h.width, key = first * h.row(true) + group * h.width;
+        attend_backward(h, (int)length, q + query, k + key, v + key, out + query, log_sums + first * h.heads + group * h.shared() * length,
+                        dout + query, dq + query, dk + key, dv + key);
     });
 }
 

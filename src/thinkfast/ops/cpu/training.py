@@ -1,4 +1,4 @@
-"""Norm, SwiGLU and the Mamba-2 mixer for training on a CPU: the kernels of `train.cpp` behind torch's autograd.
+"""Norm, SwiGLU, attention and the Mamba-2 mixer for training on a CPU, by the kernels of `train.cpp`.
 
 Float32 throughout. Each is compared with the plain torch path, which stays in use wherever `usable` says no. Results
 do not depend on the number of threads, except through torch's own matrix products.
@@ -61,6 +61,8 @@ def _library() -> ctypes.CDLL | None:
         "tf_norm_backward": [*[pointer] * 5, i64, i32, f64, i32],
         "tf_gate": [*[pointer] * 3, i64, i32],
         "tf_gate_backward": [*[pointer] * 5, i64, i32],
+        "tf_attend": [*[pointer] * 3, i32, *[pointer] * 6, i32],
+        "tf_attend_backward": [*[pointer] * 3, i32, *[pointer] * 10, i32],
         "tf_mixer": [pointer, f64, pointer, i32, *[pointer] * 5, i32],
         "tf_mixer_backward": [pointer, f64, pointer, i32, *[pointer] * 7, i32],
     }
@@ -95,6 +97,13 @@ def mixer(rows: Tensor, weights: Sequence[Tensor], shape: MixerShape) -> Tensor:
     """
     apply: Callable[..., Tensor] = _Mixer.apply
     return apply(rows, shape, *weights)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor) -> Tensor:
+    """Causal attention of queries (B, L, H, P), turned by angles (L, P / 2) as `apply_rope` does, over keys, turned
+    alike, and values (B, L, KVH, P) -> (B, L, H * P). P is a multiple of 32."""
+    apply: Callable[..., Tensor] = _Attention.apply
+    return apply(q, k, v, angles)
 
 
 def _call(name: str, *given: Tensor | float | Any) -> None:
@@ -148,6 +157,31 @@ class _SwiGLU(torch.autograd.Function):
         dx = dout.new_empty(dout.shape)
         torch.mm(dgated, gate, out=dx.view(flat.shape)).addmm_(draised, up)
         return dx, dgated.t() @ flat, draised.t() @ flat, flat_out.t() @ hidden
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps its inputs, its output and the logarithms of the softmax' sums."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, angles: Tensor) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        batch, length, heads, width = q.shape
+        sizes, bounds = (ctypes.c_int32 * 3)(heads, k.shape[2], width), torch.arange(batch + 1) * length
+        cosines, sines = angles.cos().contiguous(), angles.sin().contiguous()
+        out, log_sums = q.new_empty(batch, length, heads * width), q.new_empty(batch, heads, length)
+        _call("tf_attend", sizes, cosines, sines, batch, bounds, q, k, v, out, log_sums)
+        ctx.save_for_backward(q, k, v, cosines, sines, bounds, out, log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cosines, sines, bounds, out, log_sums = ctx.saved_tensors
+        sizes = (ctypes.c_int32 * 3)(q.shape[2], k.shape[2], q.shape[3])
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        given = (q, k, v, out, log_sums, dout.contiguous(), dq, dk, dv)
+        _call("tf_attend_backward", sizes, cosines, sines, len(bounds) - 1, bounds, *given)
+        return dq, dk, dv, None
 
 
 class _Mixer(torch.autograd.Function):
