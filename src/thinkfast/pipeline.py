@@ -308,6 +308,9 @@ def _grade(recipe: Recipe, problems: list[Problem], out: Path, stages: Stages) -
 def _compare(recipe: Recipe, problems: list[Problem], out: Path, stages: Stages) -> None:
     settings = recipe.compare.model_dump(mode="json")
     inputs = {name: records.hash_path(out / "scores" / f"{name}.parquet") for name in recipe.models}
+    for name in recipe.models:
+        if (out / "rewards" / name).exists():
+            inputs[f"rewards of {name}"] = records.hash_path(out / "rewards" / name, ("*.parquet",))
     with stages.open("compare", out / "curves", settings=settings, inputs=inputs) as run:
         if not run.done:
             graded = {name: results.read_graded(out, name) for name in recipe.models}

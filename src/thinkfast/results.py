@@ -72,7 +72,7 @@ def grade_timed(samples: Sequence[SampleRow], problems: Sequence[Problem]) -> tu
 
 
 def read_graded(run: Path, name: str) -> Graded:
-    """Samples and verdicts of one model of a run directory."""
+    """Samples and verdicts of one model of a run directory, with the rewards in rewards/NAME where all have one."""
     samples, scores = (
         records.read_samples(run / "samples" / name),
         records.read_scores(run / "scores" / f"{name}.parquet"),
@@ -81,7 +81,9 @@ def read_graded(run: Path, name: str) -> Graded:
         (row.problem_id, row.sample_index) for row in scores
     ]:
         raise BadInput(f"{run / 'scores' / name}.parquet: does not belong to the samples in {run / 'samples' / name}")
-    return Graded(samples, scores)
+    rewards = {(row.problem_id, row.sample_index): row for row in records.read_rewards(run / "rewards" / name)}
+    whole = all((row.problem_id, row.sample_index) in rewards for row in samples)
+    return Graded(samples, scores, rewards=rewards if rewards and whole else None)
 
 
 def read_completions(path: Path, answers: bool = True) -> tuple[list[Problem], list[SampleRow], bool]:

@@ -19,6 +19,7 @@ from thinkfast.records import read_samples
 from thinkfast.report import page, write_report
 from thinkfast.report.figures import lap, slot
 from thinkfast.report.load import load_run
+from thinkfast.report.words import headline
 
 MakeRun = Callable[..., Path]
 VOID = {"meta", "link", "input", "br"}
@@ -139,8 +140,13 @@ def test_rewards_bring_their_strategies(make_run: MakeRun, add_rewards: Callable
     run = make_run()
     assert "Chosen by rewards" not in write_report(run, tmp_path / "without").read_text()
     add_rewards(run)
-    written = write_report(run, tmp_path / "with")
     curves = json.loads((run / "curves" / "curves.json").read_text())
+    win = {"model": "pure", "metric": "weighted", "from_seconds": 0.1, "to_seconds": 0.2}
+    curves["wins"].append(win | {"difference": 0.95, "low": 0.9, "high": 1.0})
+    (run / "curves" / "curves.json").write_text(json.dumps(curves))
+    assert headline(load_run(run, 3)).metric in ("coverage", "majority")
+    written = write_report(run, tmp_path / "with")
+    assert "Weighted vote</td>" in written.read_text()
     assert "Chosen by rewards" in written.read_text()
     for metric in ("weighted", "best_of_n"):
         assert (tmp_path / "with" / f"{metric}_time.svg").is_file()

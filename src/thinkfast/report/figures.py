@@ -26,8 +26,8 @@ MARKERS = ("s", "o", "^", "D", "v", "P")
 TITLES = {
     "coverage": "Coverage",
     "majority": "Majority vote",
-    "weighted": "Vote weighted by rewards",
-    "best_of_n": "Best of n by rewards",
+    "weighted": "Weighted vote",
+    "best_of_n": "Best of n",
 }
 LAPS = ("-", (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 WIDE, NARROW = (5.6, 3.7), (3.7, 3.3)

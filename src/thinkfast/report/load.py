@@ -98,7 +98,7 @@ class CurveFile(_Row):
                     raise ValueError(f"{field}.{name}: field is missing")
                 _check_lengths(f"{field}.{name}", table[name], length, bands=field == "difference")
         for index, win in enumerate(self.wins):
-            if win.model not in students or win.metric not in METRICS:
+            if win.model not in students or win.metric not in (*METRICS, *STRATEGIES):
                 raise ValueError(f"wins.{index}: unknown student '{win.model}' or metric '{win.metric}'")
         return self
 

@@ -16,12 +16,12 @@ from thinkfast.data.problems import Problem
 from thinkfast.errors import BadInput
 from thinkfast.records import write_text
 from thinkfast.report import words
-from thinkfast.report.figures import TITLES, Drawing, drawings, inline_svg, plot_box, slot, write_files
+from thinkfast.report.figures import TITLES, Drawing, drawings, inline_svg, lap, plot_box, slot, write_files
 from thinkfast.report.load import Curves, Run, Sample, Values, load_run
 
 TEXT_CHARACTERS = 3_800_000
 MAX_ROWS = 40_000
-GLYPHS = "■●▲◆▼✚"
+GLYPHS = ("■●▲◆▼✚", "□○△◇▽✛")
 RECORD_FIELDS = {
     "command": "Command",
     "machine": "Machine",
@@ -85,13 +85,18 @@ def render(run: Run, figures: list[Drawing]) -> str:
         titles=TITLES,
         kinds={model: words.kind(run, model) for model in run.curves.models},
         slots={model: slot(run, model) for model in run.curves.models},
-        glyphs={model: GLYPHS[slot(run, model)] for model in run.curves.models},
+        glyphs={model: _glyph(run, model) for model in run.curves.models},
         css=Markup((here / "page.css").read_text(encoding="utf-8")),
         downloads=downloads(run),
         scored=any(name in plots for name in ("weighted_time", "best_of_n_time")),
         js=Markup((here / "page.js").read_text(encoding="utf-8")),
         data=Markup(_script_json(data)),
     )
+
+
+def _glyph(run: Run, model: str) -> str:
+    """A model's mark; hollow where its colour is taken a second time."""
+    return GLYPHS[lap(run, model) % len(GLYPHS)][slot(run, model)]
 
 
 def _inline(drawing: Drawing) -> Markup:
@@ -275,7 +280,7 @@ def _browser(run: Run) -> dict[str, Any]:
                     left -= len(samples[rank].row.text.encode())
                     entry["texts"][place].append(samples[rank].row.text)
     return {
-        "models": [{"name": m, "slot": slot(run, m), "glyph": GLYPHS[slot(run, m)]} for m in curves.models],
+        "models": [{"name": m, "slot": slot(run, m), "glyph": _glyph(run, m)} for m in curves.models],
         "low": curves.seconds[0],
         "high": max(curves.seconds[-1], curves.seconds[0] * 1.01),
         "start": curves.seconds[len(curves.seconds) // 2],

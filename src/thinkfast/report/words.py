@@ -91,10 +91,10 @@ def _interval(low: float, high: float) -> str:
 
 
 def headline(run: Run) -> Headline:
-    """The win whose simultaneous band stays farthest above zero; without one, the largest lead and why it is none."""
-    if run.curves.wins:
-        return _won(run, max(run.curves.wins, key=lambda win: win.low))
-    return _not_won(run)
+    """The win in coverage or majority whose simultaneous band stays farthest above zero; without one, the largest lead
+    and why it is none."""
+    wins = [win for win in run.curves.wins if win.metric in METRICS]
+    return _won(run, max(wins, key=lambda win: win.low)) if wins else _not_won(run)
 
 
 def _won(run: Run, win: Win) -> Headline:

@@ -2,7 +2,7 @@
 
 Every worker is a process of one thread with a model and an engine of its own. The driver hands out sample indices round
 by round in portions and gets the samples as they finish, so that a worker that dies costs only what it was decoding and
-what ended within its last fifth of a second: handing over every sample alone took a tenth of two workers' speed.
+what it had not handed over, which it does up to five times a second: every sample alone took a tenth of the speed.
 What is drawn depends on the seed, the prompt and the sample index alone, hence not on the number of workers.
 """
 
