@@ -5,7 +5,7 @@ COMPAT := 5.16.1 4.57.6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-scale compat llama llamba harness load package docs clean
+.PHONY: help demo test lint types bench bench-llama bench-scale compat llama llamba harness load package docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -35,6 +35,11 @@ bench: $(VENV)/.dev-installed  ## decoding and feeding prompts, ours and transfo
 	$(BIN)/thinkfast bench $(SHAPE) $(SHAPE)-hybrid $(SHAPE)-pure --batches 32 --contexts 512 --out $(RESULTS)/decode-135m.json
 	$(BIN)/python benchmarks/compile_or_cpp.py bundled runs/bench/pure --out $(RESULTS)/compile-or-cpp.json
 
+bench-llama: $(VENV)/.dev-installed  ## decoding of an exported student beside llama.cpp, which is compiled for it (some minutes)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[llama]"
+	$(BIN)/thinkfast convert bundled runs/bench/pure >/dev/null
+	$(BIN)/thinkfast bench bundled runs/bench/pure --batches 1,128 --contexts 1000 --backends native,llama.cpp --out $(RESULTS)/decode-llama.json
+
 compat: $(VENV)/.dev-installed  ## exports in transformers 5.16 and 4.57, each in an environment of its own
 	for version in $(COMPAT); do \
 		test -x .venv-compat/$$version/bin/python || $(PYTHON) -m venv .venv-compat/$$version; \
@@ -59,7 +64,7 @@ harness: $(VENV)/.dev-installed  ## the evaluation harness on thinkfast and on t
 	.venv-harness/bin/pytest -m harness tests/test_harness.py
 
 load: $(VENV)/.dev-installed  ## a server under two minutes of load: deadlines, memory, throughput
-	$(BIN)/python benchmarks/serve_load.py bundled --out benchmarks/results/serve-load.json
+	$(BIN)/python benchmarks/serve_load.py --out benchmarks/results/serve-load.json
 
 bench-scale: $(VENV)/.demo-installed  ## live adaptive sampling, a verifier, the planner, retention with the models of `make demo`
 	$(BIN)/python scripts/bench_scale.py runs/demo --out benchmarks/results/scale
@@ -70,7 +75,7 @@ package: $(VENV)/.dev-installed  ## wheel and sdist in dist/, checked
 	$(BIN)/twine check --strict dist/*
 
 docs: $(VENV)/.dev-installed  ## the documentation site in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what make and the tests wrote, but no runs
 	rm -rf $(VENV) .venv-compat .venv-llamba .venv-harness build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -5,6 +5,8 @@
 A step is forward, cross-entropy over every token, backward and AdamW. Both sides take turns; the median of several
 steps counts, and losses and gradient norms of the first step have to agree. The floor is the time of the step's matrix
 products alone at the rate of the fastest product measured here; the share reached is floor / seconds.
+
+The stock class runs twice: with the chunk that the student's config.json names (32, "own"), and with its default (256).
 """
 
 from __future__ import annotations
@@ -149,6 +151,7 @@ def main() -> None:
     document = {
         "command": " ".join(["python", "benchmarks/train_speed.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": runtime.code_version(),
         "machine": runtime.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),

@@ -62,6 +62,9 @@ def test_the_tutorial_works_as_it_is_printed(
     assert ran == ["doctor", "convert", "run", "run", "grade", "python", "export", "export"]
     assert Path("runs/tutorial/report/index.html").is_file()
     assert Path("exports/hybrid/config.json").is_file()
+    card = Path("exports/hybrid/README.md").read_text()
+    for words in ("pass@1", "tokens per second", "KL divergence", "trained on | 60 documents", "On ", "bundled"):
+        assert words in card
     summary = json.loads(Path("runs/tutorial/summary.json").read_text())
     assert set(summary["models"]) == {"teacher", "hybrid"}
     assert "right answer: " in capsys.readouterr().out

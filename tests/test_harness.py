@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from thinkfast import runtime
 from thinkfast.data.wordproblems import generate
 from thinkfast.errors import BadInput
 from thinkfast.export.hf import export_hf
@@ -47,6 +48,15 @@ doc_to_text: ""
 doc_to_target: "{{problem}}"
 metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """
+SOLVED = """
+task: made_solved
+output_type: generate_until
+doc_to_text: "{{problem}}\\n"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 600}
+filter_list: [{name: stated, filter: [{function: regex, regex_pattern: "#### (-?[0-9]+)"}, {function: take_first}]}]
+metric_list: [{metric: exact_match}]
+"""
 TASKS = ["made_choice", "made_answer", "made_text"]
 
 
@@ -79,13 +89,13 @@ def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def evaluate(tasks: Path, model: str, arguments: dict, batch: int) -> dict:
+def evaluate(tasks: Path, model: str, arguments: dict, batch: int, names: list[str] = TASKS) -> dict:
     lm_eval = pytest.importorskip("lm_eval")
     manager = pytest.importorskip("lm_eval.tasks").TaskManager(include_path=str(tasks), include_defaults=False)
     return lm_eval.simple_evaluate(
         model=model,
         model_args=arguments,
-        tasks=TASKS,
+        tasks=names,
         batch_size=batch,
         device="cpu",
         task_manager=manager,
@@ -123,6 +133,25 @@ def test_same_scores_as_the_hugging_face_model(
         ):
             assert float(score) == pytest.approx(float(their_score), abs=1e-3)
             assert str(greedy) == str(their_greedy)
+
+
+def test_the_bundled_teacher_solves_as_many_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained model that reaches answers: the score is that of the Hugging Face model, and not zero."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("lm_eval")
+    import thinkfast.harness  # noqa: F401 - registers the model
+
+    rows = [{"problem": p.problem, "answer": p.answer} for p in generate(0, 6, "held-out", [3])]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "solved.yaml").write_text(COMMON.format(data=tmp_path / "data.jsonl") + SOLVED)
+    teacher = runtime.ASSETS / "teacher"
+    export_hf(teacher, tmp_path / "export")
+    ours = evaluate(tmp_path, "thinkfast", {"path": str(teacher)}, 4, ["made_solved"])
+    theirs = evaluate(tmp_path, "hf", {"pretrained": str(tmp_path / "export"), "dtype": "float32"}, 6, ["made_solved"])
+    found, wanted = (document["results"]["made_solved"]["exact_match,stated"] for document in (ours, theirs))
+    assert found == wanted > 0
+    texts = [[row["resps"][0][0] for row in document["samples"]["made_solved"]] for document in (ours, theirs)]
+    assert texts[0] == texts[1]
 
 
 def run(program: list[str], student: Path, tasks: Path, out: Path) -> subprocess.CompletedProcess[str]:

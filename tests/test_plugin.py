@@ -54,6 +54,15 @@ def test_an_unknown_harness_is_left_alone(tmp_path: Path, registry: str) -> None
     assert in_process(tmp_path, "import lm_eval, thinkfast.plugin as p; p.register(); print('fine')") == ["fine"]
 
 
+def test_the_command_without_the_harness_says_what_to_install() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["thinkfast-lm-eval"] == "thinkfast.plugin:main"
+    program = "import sys; sys.modules['lm_eval'] = None; import thinkfast.plugin as p; p.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "thinkfast: lm_eval is not installed: pip install 'thinkfast[eval]'\n"
+
+
 def test_in_other_programs_nothing_happens(tmp_path: Path) -> None:
     harness(tmp_path, REGISTRY)
     program = "import thinkfast.plugin as p; p.register(); print('lm_eval' in sys.modules)"

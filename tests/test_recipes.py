@@ -19,7 +19,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 def typed(document: Path, program: str) -> list[list[str]]:
     """The words of every command line of `program` in a document's code."""
-    text = document.read_text()
+    text = document.read_text().replace("\\\n", " ")  # lines that go on
     if document.suffix == ".md":
         blocks = re.findall(r"^```(?:bash|sh|console|text)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         lines = "\n".join(blocks).splitlines() + re.findall(r"`(" + program + r" [^`]+)`", text)

@@ -219,11 +219,27 @@ def test_tensorboard_gets_every_row(tiny_teacher: Path, tmp_path: Path) -> None:
 
 
 def test_without_tensorboard_there_is_one_line(tmp_path: Path, monkeypatch) -> None:
-    from thinkfast.distill.track import track
+    from thinkfast.distill import track
 
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadInput, match=r"TensorBoard is not installed, expected pip install 'thinkfast\[track\]'"):
-        track(tmp_path)
+        track.tensorboard(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(BadInput, match=r"wandb is not installed, expected pip install 'thinkfast\[wandb\]'"):
+        track.weights_and_biases(tmp_path, "student")
+
+
+def test_weights_and_biases_gets_every_row(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logged: list[dict[str, object]] = []
+    honest = wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, row: (logged.append(row), honest(run, row))[1])
+    given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["distill"]}])
+    directory = student_of(given, tmp_path, Watching(answers=0, wandb=True))
+    wandb.finish()
+    assert [(row["distill/step"], row["distill/loss"]) for row in logged] == [row[1:] for row in losses(directory)]
+    assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_progress_is_shown(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:

@@ -23,7 +23,7 @@ from thinkfast.distill.cost import (
 from thinkfast.errors import BadInput
 from thinkfast.model.checkpoint import read_config
 from thinkfast.model.config import DecoderConfig
-from thinkfast.model.layout import parse_config
+from thinkfast.model.foreign import parse
 from thinkfast.recipe import Recipe
 from thinkfast.sections import LAYERWISE, Stages, Student, Training
 from thinkfast.stages import layer_plan, teacher_directory
@@ -36,7 +36,7 @@ def teacher_shape(path: str) -> DecoderConfig:
     """The shape of a teacher: of a model directory, or of a published model by name. Raises BadInput for neither."""
     known = json.loads((runtime.ASSETS / SHAPES).read_text(encoding="utf-8"))
     if path in known and not Path(path).is_dir():
-        return parse_config(known[path], path)[1]
+        return parse(known[path], path)[1]
     try:
         return read_config(teacher_directory(path))
     except BadInput as error:

@@ -33,7 +33,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("thinkfast")
-class ThinkfastLM(TemplateLM):  # type: ignore[misc]
+class ThinkfastLM(TemplateLM):
     """Log-likelihoods by the decoder in batches, generation by the engine.
 
     path: a model directory. batch_size: rows of one forward pass, and slots of the engine. Greedy unless a task asks

@@ -268,12 +268,13 @@ def bench_models(models: Sequence[Path], settings: Bench) -> dict[str, Any]:
 def bench_file(models: Sequence[Path], settings: Bench, out: Path | None) -> dict[str, Any]:
     """`bench_models`, told as a table and stored in `out` where given, with a figure beside it."""
     document = {"command": " ".join(["thinkfast", *sys.argv[1:]]), **bench_models(models, settings)}
+    wide = max([12, *(len(row["model"]) for row in document["rows"] + document["prefill"])])
     for row in document["rows"]:
-        place = f"{row['model']:<12} batch {row['batch']:>4}  context {row['context']:>5}"
+        place = f"{row['model']:<{wide}} batch {row['batch']:>4}  context {row['context']:>5}"
         place += f" ({row['shared']} shared)" if row["shared"] else ""
         print(f"{place}  {row['tokens_per_second']:>9,.0f} tokens/s  {row['share']:>4.0%} of the machine's limit")
     for row in document["prefill"]:
-        place = f"{row['model']:<12} {row['prompts']:>3} prompts of {row['length']:>5}"
+        place = f"{row['model']:<{wide}} {row['prompts']:>3} prompts of {row['length']:>5}"
         print(f"{place}  {row['tokens_per_second']:>9,.0f} tokens/s  {row['share']:>4.0%} of the machine's limit")
     if out is not None:
         from thinkfast.bench.figure import draw_speeds

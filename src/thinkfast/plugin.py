@@ -1,4 +1,5 @@
-"""Makes `lm_eval --model thinkfast` known to evaluation harnesses that look for no plug-ins themselves.
+"""Makes `lm_eval --model thinkfast` known to evaluation harnesses that look for no plug-ins themselves, and is the
+command `thinkfast-lm-eval`.
 
 Newer harnesses find the model by the entry point `lm_eval.models` and need none of this. Released ones (0.4.13 is the
 newest) load nothing from other packages, but they load torch, and torch calls the entry points `torch.backends` of all
@@ -25,3 +26,14 @@ def register() -> None:
         return  # older than 0.4.10: another registry
     if NAME not in registry:
         registry.register(NAME, target=MODEL)
+
+
+def main() -> None:
+    """`thinkfast-lm-eval`: `harness.main`; without the harness one line and status 2."""
+    try:
+        harness = importlib.import_module("thinkfast.harness")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "lm_eval").split(".")[0]
+        print(f"thinkfast: {missing} is not installed: pip install 'thinkfast[eval]'", file=sys.stderr)
+        sys.exit(2)
+    harness.main()

@@ -172,7 +172,9 @@ class Compute(Section):
 
 
 class Watching(Section):
-    """What to see of training: greedy answers of the student at every save, and TensorBoard besides metrics.jsonl."""
+    """What to see of training: greedy answers of the student at every save; TensorBoard and Weights & Biases besides
+    metrics.jsonl."""
 
     answers: Annotated[int, Field(ge=0)] = 1
     tensorboard: bool = False
+    wandb: bool = False

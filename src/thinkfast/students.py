@@ -162,13 +162,17 @@ def _train(
     watch: Watching,
 ) -> None:
     """Runs the stages in their order. One that is done is read from its state, so that a later one can go on."""
+    from thinkfast.distill import track
     from thinkfast.distill.align import AlignLoss, align, orient
     from thinkfast.distill.losses import CROSS_ENTROPY, Loss
-    from thinkfast.distill.track import track
     from thinkfast.distill.trainer import Diverged, Watch, distill
 
     name = settings.name if isinstance(settings, Student) else "base"
-    log = track(directory / "tensorboard") if watch.tensorboard and not ranks.current().rank else None
+    first = not ranks.current().rank
+    log = track.both(
+        track.tensorboard(directory / "tensorboard") if watch.tensorboard and first else None,
+        track.weights_and_biases(directory, directory.name) if watch.wandb and first else None,
+    )
     saved = partial(_saved, model, training, teacher_dir, directory, watch.answers)
     for stage in settings.stages:
         given: Training = getattr(settings, stage)
@@ -231,7 +235,7 @@ def _schedule(settings: Distill) -> LossSchedule:
 
 
 def _work(stage: str, settings: Training, teacher: Decoder, model: Decoder) -> float | None:
-    """The share of the GPUs' stated peak that a token a second is; None where no peak is known."""
+    """The share of the peak that a token a second is; None where no peak is known."""
     from thinkfast.distill.cost import Phase, flops, peak_here
 
     team = ranks.current()

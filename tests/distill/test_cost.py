@@ -8,7 +8,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from thinkfast.distill.cost import CARDS, GIB, Phase, Setting, cost, flops, forward_flops, memory, parse_gpus, sizes
+from thinkfast.distill import cost as cost_module
+from thinkfast.distill.cost import (
+    CARDS,
+    GIB,
+    Phase,
+    Setting,
+    cost,
+    flops,
+    forward_flops,
+    memory,
+    parse_gpus,
+    peak_here,
+    sizes,
+)
 from thinkfast.errors import BadInput
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Block, Decoder
@@ -98,3 +111,9 @@ def test_gpus_are_a_number_and_a_card(text, count, name):
 def test_other_gpus_are_refused(text):
     with pytest.raises(BadInput, match=r"expected a number and a card, e\.g\. 8xH100"):
         parse_gpus(text)
+
+
+def test_the_peak_of_a_processor_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0, 1.0, 3.0, 3.0, 3.5, 4.0, 5.0, 5.0, 6.0])
+    monkeypatch.setattr(cost_module.time, "perf_counter", lambda: next(ticks))
+    assert peak_here("cpu") == 2 * 1024**3 / 0.5

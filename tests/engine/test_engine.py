@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from thinkfast.engine import engine as engine_module
 from thinkfast.engine.engine import Engine
 from thinkfast.engine.sampling import Sample, SamplingParams
 from thinkfast.errors import BadInput
+from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.model.decoder import Decoder
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12] * 45, [1, 2, 3, 4], [20, 21]]
@@ -219,3 +221,21 @@ def test_bad_prompts_are_refused_at_the_call(
 def test_an_engine_needs_a_slot(make_model: Callable[..., Decoder]) -> None:
     with pytest.raises(BadInput, match="slots is 0, expected 1 or more"):
         Engine(make_model("pure"), slots=0)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_directory_that_changes_under_an_engine_changes_nothing(
+    make_model: Callable[..., Decoder], tmp_path: Path, backend: str
+) -> None:
+    """The weights are held, not mapped: neither other bytes nor a shorter file reach a running engine."""
+    save_model(make_model("hybrid"), tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    engine, params = Engine(model, 2, backend), SamplingParams(max_tokens=12, temperature=1.1, ignore_eos=True)
+    stream = engine.stream([[1, 2, 3]], 4, params)
+    first = next(stream)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(b"\0" * 100)
+    (tmp_path / "model" / "config.json").unlink()
+    drawn = sorted([first, *stream], key=lambda result: result[1])
+    whole = Engine(make_model("hybrid"), 2, backend).sample([[1, 2, 3]], 4, params)[0]
+    assert [sample.token_ids for _, _, sample in drawn] == [sample.token_ids for sample in whole]

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from thinkfast.engine.engine import Engine
 from thinkfast.engine.live import Closed, Drawn, Event, LiveEngine, Request
 from thinkfast.engine.sampling import SamplingParams
 from thinkfast.engine.slots import SlotTable
+from thinkfast.model.cache import Cache
 from thinkfast.model.decoder import Decoder
 
 PARAMS = SamplingParams(max_tokens=30, temperature=0.9, seed=7, ignore_eos=True)
@@ -145,3 +147,79 @@ def test_live_requests_step_on_and_share_equal_prompts(
     assert sum(sum(sizes) for kind, sizes in log if kind == "feed") == 199
     for (kind, _), (following, _) in pairwise(log):
         assert "step" in (kind, following)
+
+
+def fed(tokens: Sequence[int], size: int) -> prefill.Prefix:
+    """A prompt of these tokens and one more, fed whole."""
+    prefix = prefill.Prefix([*tokens, 0], size)
+    prefix.kept = Kept(len(tokens), Cache([]))
+    assert prefix.ready
+    return prefix
+
+
+def test_the_shelf_gives_each_state_once_and_only_for_its_own_tokens() -> None:
+    shelf, state = prefill.Shelf(100), fed((1, 2), 40)
+    shelf.put(state)
+    assert shelf.take((1,)) is shelf.take((1, 2, 3)) is shelf.take(()) is None
+    assert shelf.take((1, 2)) is state
+    assert shelf.take((1, 2)) is None, "two who ask at once must not both own it"
+
+
+def test_the_shelf_forgets_what_was_used_longest_ago() -> None:
+    shelf = prefill.Shelf(100)
+    states = [fed((number,), 40) for number in range(3)]
+    shelf.put(states[0])
+    shelf.put(states[1])
+    assert shelf.take((0,)) is states[0]
+    shelf.put(states[0])  # used now
+    shelf.put(states[2])
+    assert shelf.take((1,)) is None
+    assert shelf.take((0,)) is states[0]
+    assert shelf.take((2,)) is states[2]
+
+
+def test_the_shelf_counts_what_it_holds() -> None:
+    shelf, twin = prefill.Shelf(100), fed((0,), 60)
+    shelf.put(fed((0,), 60))
+    shelf.put(twin)  # the same tokens once more take no more room
+    shelf.put(fed((1,), 40))
+    assert shelf.take((0,)) is twin
+    shelf.put(fed((2,), 60))  # 100 of 100
+    assert shelf.take((1,)) is not None
+    assert shelf.take((2,)) is not None
+    shelf.put(fed((3,), 50))
+    shelf.put(fed((4,), 101))
+    assert shelf.take((4,)) is None
+    assert shelf.take((3,)) is not None, "what never fits drives nobody out"
+    shelf.put(fed((5,), 100))
+    assert shelf.take((5,)) is not None
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_who_asks_the_same_again_feeds_nothing(
+    make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    engine = Engine(make_model("hybrid"), 2, backend, "float32")
+    memory = Watched(engine.open_memory(2, 256))
+    monkeypatch.setattr(engine, "open_memory", lambda slots, capacity: memory)
+    live = LiveEngine(engine, 256)
+
+    def ask(prompt: tuple[int, ...], seed: int) -> tuple[int, ...]:
+        inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        live.submit(Request(prompt, replace(PARAMS, seed=seed), 1), inbox.put)
+        drawn = inbox.get(timeout=120)
+        assert isinstance(drawn, Drawn)
+        assert isinstance(inbox.get(timeout=120), Closed)
+        return drawn.sample.token_ids
+
+    first = ask(LONG, 7)
+    pieces = [sizes for kind, sizes in memory.log if kind == "feed"]
+    assert sum(map(sum, pieces)) == len(LONG) - 1
+    other = ask(LONG, 8)
+    assert [sizes for kind, sizes in memory.log if kind == "feed"] == pieces, "another seed, the same state"
+    assert ask(LONG, 7) == first != other
+    ask(LONG[:-1], 7)
+    assert [sizes for kind, sizes in memory.log if kind == "feed"] == [*pieces, [len(LONG) - 2]]
+    live.close()
+    want = Engine(make_model("hybrid"), 2, backend, "float32").sample([LONG], 1, PARAMS)[0][0]
+    assert first == want.token_ids

@@ -56,7 +56,7 @@ def test_a_model_that_cannot_be_written(
         tmp_path / "nothing": "/nothing: no such model directory",
     }.items():
         line = refused([str(source), str(out), "--format", form], capsys)
-        assert line.startswith("thinkfast: ")
+        assert line.startswith(f"thinkfast: {source}")
         assert expected in line
         assert not out.parent.exists()
 

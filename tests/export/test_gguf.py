@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from thinkfast import runtime
+from thinkfast.data.chat import render_prompt
+from thinkfast.data.tokenizer import load_tokenizer
+from thinkfast.data.wordproblems import generate
+from thinkfast.engine import Engine, SamplingParams
 from thinkfast.errors import BadInput
 from thinkfast.export.gguf import export_gguf
-from thinkfast.model.checkpoint import load_model
+from thinkfast.model.checkpoint import load_model, save_model
+from thinkfast.student.convert import convert
+from thinkfast.student.plan import LayerPlan
 
 gguf = pytest.importorskip("gguf")
 Make = Callable[..., Path]
@@ -112,16 +119,16 @@ def test_what_llama_cpp_cannot_run_is_refused(make_model: Make, tmp_path: Path) 
     assert out.read_text() == "mine"
 
 
-def in_llama(path: Path):
+def in_llama(path: Path, context: int = 128):
     """The file in llama.cpp, which keeps logits of every position; keys and values in float32, as ours."""
     llama_cpp = pytest.importorskip("llama_cpp")
     return llama_cpp.Llama(
-        str(path), n_ctx=128, n_batch=64, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0
+        str(path), n_ctx=context, n_batch=64, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0
     )
 
 
-def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
-    model = in_llama(path)
+def llama_logits(path: Path, ids: list[int], context: int = 128) -> np.ndarray:
+    model = in_llama(path, context)
     model.eval(ids)
     return np.array(model.scores[: len(ids)])
 
@@ -148,6 +155,26 @@ def test_llama_cpp_computes_our_logits(make_model: Make, tmp_path: Path, name: s
         assert token == int(ours(torch.tensor([tokens]))[0, -1].argmax())
         tokens.append(token)
         model.eval([token])
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("attention", [None, (1,), ()], ids=["teacher", "hybrid", "pure"])
+@torch.no_grad()
+def test_llama_cpp_says_what_the_engine_says(tmp_path: Path, attention: tuple[int, ...] | None) -> None:
+    """Trained weights and a real problem: the bundled teacher and what becomes of it, 160 greedy tokens."""
+    source = runtime.ASSETS / "teacher"
+    if attention is not None:
+        source = tmp_path / "student"
+        save_model(convert(load_model(runtime.ASSETS / "teacher"), LayerPlan(attention)), source)
+    export_gguf(source, tmp_path / "m.gguf", "float32")
+    ours = load_model(source)
+    prompt = render_prompt(load_tokenizer(runtime.ASSETS / "teacher"), generate(5, 1, "held-out", [8])[0].problem)
+    params = SamplingParams(max_tokens=160, temperature=0.0, ignore_eos=True)
+    drawn = list(Engine(ours, 1, kv_dtype="float32").sample([prompt], 1, params)[0][0].token_ids)
+    found = llama_logits(tmp_path / "m.gguf", [*prompt, *drawn], 1024)
+    want = ours(torch.tensor([[*prompt, *drawn]]))[0].numpy()
+    assert np.abs(found - want).max() < 2e-3
+    assert found[len(prompt) - 1 : -1].argmax(-1).tolist() == drawn
 
 
 @pytest.mark.llama

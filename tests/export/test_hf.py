@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,7 @@ VLLM = {
     "architectures": ["GraniteMoeHybridForCausalLM"],
     "model_type": "granitemoehybrid",
     "hidden_size": 64,
+    "vocab_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -85,6 +87,10 @@ VLLM = {
     "mamba_chunk_size": 16,
     "mamba_conv_bias": True,
     "mamba_proj_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "use_cache": True,
 }
 """What vLLM 0.33 and SGLang 0.5 read, with what it must be for the model `hybrid`."""
 
@@ -99,24 +105,29 @@ def test_every_field_that_vllm_and_sglang_read(make_model: Make, tmp_path: Path)
     assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 500.0
     assert raw["rope_scaling"]["rope_type"] == raw["rope_parameters"]["rope_type"] == "llama3"
     assert {**raw["rope_scaling"], "rope_theta": 500.0} == raw["rope_parameters"]
+    assert raw["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     assert "time_step_limit" not in raw
+    assert "Infinity" not in (tmp_path / "out" / "config.json").read_text()
     assert raw["dtype"] == raw["torch_dtype"] == "float32"
 
 
 def test_how_to_sample_comes_from_the_source_and_its_run(make_model: Make, tmp_path: Path) -> None:
     model = tmp_path / "run" / "models" / "one"
-    model.parent.mkdir(parents=True)
-    model.symlink_to(make_model("pure"))
-    run = tmp_path / "run" / "samples" / model.resolve().name
+    shutil.copytree(make_model("pure"), model)
     assert hf._sampled(model) == {}
-    sampled = model.resolve().parents[1] / "samples" / run.name / "run.json"
-    sampled.parent.mkdir(parents=True, exist_ok=True)
+    sampled = tmp_path / "run" / "samples" / "one" / "run.json"
+    sampled.parent.mkdir(parents=True)
     sampled.write_text(json.dumps({"settings": {"temperature": 0.8, "top_p": 0.9}}))
     export_hf(model, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (written["do_sample"], written["temperature"], written["top_p"]) == (True, 0.8, 0.9)
     assert "eos_token_id" in written
-    sampled.unlink()
 
 
 def complaint(source: Path, out: Path, *arguments: object) -> str:
@@ -146,6 +157,14 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(make_model: Make,
         BadInput, match=r"layers\.0\.mixer\.in_proj\.weight holds values that are not finite in float16"
     ):
         hf.to_dtype(model, torch.float16)
+
+
+def test_rounding_is_told(make_model: Make, tmp_path: Path) -> None:
+    source = make_model("pure")
+    (told,) = export_hf(source, tmp_path / "half", "bfloat16")["warnings"]
+    assert told == "rounded from float32 to bfloat16; what was measured was before that"
+    assert f"- {told}\n" in (tmp_path / "half" / "README.md").read_text()
+    assert export_hf(tmp_path / "half", tmp_path / "again", "float32")["warnings"] == []
 
 
 def test_one_group_is_compatible(make_model: Make, tmp_path: Path) -> None:

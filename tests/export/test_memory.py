@@ -67,9 +67,16 @@ def test_the_plan_says_it_in_words(make_model: Callable[..., Path]) -> None:
     assert document["weight_bytes"] == 4 * document["parameters"]
     assert f"{document['vllm_block_tokens']['float32']} tokens with a float32 state" in words
     assert len(words.splitlines()) == 8
-    assert plan_model(make_model("hybrid"), "gguf", None)[0]["dtype"] == "bfloat16"
+    padded = plan_model(make_model("hybrid"), "gguf", None)[0]
+    assert padded["dtype"] == "bfloat16"
+    assert padded["state_bytes_layer"]["float32"] == 2 * document["state_bytes_layer"]["float32"]
+    assert plan_model(make_model("llama"), "gguf", "q8_0")[0]["weight_bytes"] > 0
     assert len(plan_model(make_model("llama"), "hf", None)[1].splitlines()) == 6
     with pytest.raises(BadInput, match="dtype is 'int8', expected one of float32"):
         plan_model(make_model("llama"), "hf", "int8")
+    with pytest.raises(BadInput, match="dtype is 'q8_0', expected one of float32, float16, bfloat16 for the format hf"):
+        plan_model(make_model("llama"), "hf", "q8_0")
+    with pytest.raises(BadInput, match="format is 'onnx', expected one of hf, gguf"):
+        plan_model(make_model("llama"), "onnx", None)
     with pytest.raises(BadInput, match="the layers are Discrete Mamba-2, which no stock layout can express"):
         plan_model(make_model("hybrid", mamba=MambaConfig(4, 16, 16, 1, kind="discrete")), "hf", None)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from thinkfast.errors import BadInput
 from thinkfast.export import parity
 from thinkfast.export.hf import export_hf
 from thinkfast.export.parity import Differs, check
@@ -48,6 +49,16 @@ def test_another_model_is_noticed(
     monkeypatch.setattr(parity, "load_model", lambda path: load(ours if Path(path) == theirs else path))
     with pytest.raises(Differs, match=what):
         check(theirs)
+
+
+def test_without_transformers_nothing_is_begun(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "installed_version", lambda: (0,))
+    monkeypatch.setattr("thinkfast.export.hf.load_model", None)
+    with pytest.raises(BadInput, match=r"transformers is not installed, .*: pip install 'thinkfast\[export\]'"):
+        export_hf(make_model("pure"), tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_and_unexpected_tensors_are_noticed(

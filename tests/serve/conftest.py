@@ -128,7 +128,7 @@ def served(
 ) -> Iterator[str]:
     """The address of a server in a thread of its own."""
     app = create_app(models, limits, keys, judge, log_prompts)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,19 @@ CHAT = "/v1/chat/completions"
 PATIENCE = 120.0
 ENDLESS = {**GOOD, "model": "endless", "time_budget": 600.0}
 LONG = Limits(answer=100_000, budget=600.0)
+
+
+def test_no_text_is_so_long_that_others_wait_for_it(address: str) -> None:
+    """Cutting these 900 KB into words would take half a minute."""
+    started = time.monotonic()
+    for path, body in (
+        (CHAT, {"messages": [{"role": "user", "content": "pens " * 180_000}]}),
+        ("/v1/completions", {"prompt": "pens " * 180_000}),
+    ):
+        answer = post(address, {"model": "talker", **body}, path)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert time.monotonic() - started < 10
 
 
 def connect(address: str) -> socket.socket:
@@ -72,6 +86,7 @@ def post(address: str, body: Any, path: str = CHAT, **options: Any) -> httpx.Res
         ({"strategy": "majority", "logprobs": True}, "logprobs", "not with time_budget or strategy"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only together with stream"),
         ({"messages": [{"role": "user", "content": "pens " * 400}]}, "messages", "expected at most 300 tokens, not"),
+        ({"messages": [{"role": "user", "content": "pens " * 1000}]}, "messages", "at most 4800 characters, not 5000"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "'\\ud800'"),
     ],
 )
@@ -223,7 +238,9 @@ def test_who_leaves_costs_nothing_more(serve: Serve, unending: Served, wait_unti
         if stream:
             assert connection.recv(4000).startswith(b"HTTP/1.1 200 ")
         assert live.requests == 1
+    left = time.monotonic()
     wait_until(lambda: live.requests == live.running == 0)
+    assert time.monotonic() - left < 5
 
 
 def test_who_does_not_read_is_left(serve: Serve, models: list[Served], wait_until: Wait) -> None:

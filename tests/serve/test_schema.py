@@ -1,13 +1,22 @@
 """Requests made from the server's own OpenAPI document, such as keep to it and such as do not: none breaks it."""
 
+import importlib
+import pkgutil
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+# It imports much of itself late, and pytest parses what it imports. CPython 3.11 counts the depth of parsing for all
+# threads together: a server that formats a traceback at that moment would break the import. No server runs yet.
+for _name in ("core", "engine", "generation", "openapi", "specs.openapi", "transport"):
+    _part = importlib.import_module(f"schemathesis.{_name}")
+    for _module in pkgutil.walk_packages(_part.__path__, f"{_part.__name__}."):
+        importlib.import_module(_module.name)
 
-PLACES = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics"]
+ASKING = ["/v1/chat/completions", "/v1/completions"]
+PLACES = [*ASKING, "/v1/models", "/health", "/ready", "/metrics"]
 MODES = {"keeps": schemathesis.GenerationMode.POSITIVE, "breaks": schemathesis.GenerationMode.NEGATIVE}
 
 
@@ -20,12 +29,11 @@ def test_the_document_names_every_place(schema: Any) -> None:
     assert set(schema.raw_schema["paths"]) == set(PLACES)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "mode"), [*((place, "keeps") for place in PLACES), *((place, "breaks") for place in ASKING)]
+)
 def test_no_request_breaks_the_server(schema: Any, place: str, mode: str) -> None:
-    asks = place.startswith("/v1/") and place != "/v1/models"
-    if mode == "breaks" and not asks:
-        pytest.skip("a request without a body has nothing to break")
+    asks = place in ASKING
     operation = schema[place]["POST" if asks else "GET"]
     seen = set()
 

@@ -10,7 +10,7 @@ import pytest
 from thinkfast.cli import main
 from thinkfast.errors import BadInput
 from thinkfast.serve.draw import seconds_of
-from thinkfast.serve.terminal import read_texts
+from thinkfast.serve.terminal import in_words, read_texts
 
 
 def test_an_answer_in_time(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,11 +24,29 @@ def test_an_answer_in_time(talker: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert 0.5 < found["confidence"] < 1
     assert found["samples"] == sum(row["votes"] for row in found["votes"])
     assert line.startswith(f"7  ({found['confidence']:.0%} of the votes, {found['samples']} samples, ")
+    assert line.endswith(("all 60 are drawn)", "no more of 60 can change it)", "time is up)", "would end in time)"))
 
 
 def test_the_budget_is_kept(talker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["solve", str(talker), "Ada has 3 pens.", "--budget", "1s", "--slots", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stopped", "told"),
+    [
+        ("majority", "deadline", "7  (80% of the votes, 5 samples, 1.25 s: time is up)"),
+        ("best_of_n", "deadline", "7  (80% of the votes, 5 samples, 1.25 s: no other chain would end in time)"),
+        ("majority", "samples", "7  (80% of the votes, 5 samples, 1.25 s: all 9 are drawn)"),
+        ("majority", "decided", "7  (80% of the votes, 5 samples, 1.25 s: no more of 9 can change it)"),
+        ("adaptive", "decided", "7  (80% of the votes, 5 samples, 1.25 s: the vote is decided)"),
+        ("weighted", "closed", "7  (80% of the weight, 5 samples, 1.25 s: stopped)"),
+    ],
+)
+def test_only_what_is_decided_is_called_so(strategy: str, stopped: str, told: str) -> None:
+    found = {"answer": "7", "confidence": 0.8, "samples": 5, "seconds": 1.25}
+    budget = 2.0 if strategy == "best_of_n" else 1.3
+    assert in_words({**found, "strategy": strategy, "stopped": stopped}, 9, budget) == told
 
 
 def test_no_answer_in_time(rambler: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ def decode_speeds(
     contexts: Sequence[int] = (64, 256, 1000),
     *,
     steps: int = 8,
-    repeats: int = 9,
+    repeats: int = 15,
     backend: str | Sequence[str] = "auto",
     kv_dtype: str = "auto",
     weights: str = "auto",
@@ -103,9 +103,9 @@ def decode_speeds(
     them; what the machine can do is measured between turns. Slots hold the state behind a random prompt; context is
     the number of tokens a step sees at the middle of the measurement. `shared`: how many of them are one prompt that
     all rows have in common; the native back end reads those once. `prompts`: lengths to feed, `threads` at a time.
-    backend: of "auto", "native", "torch", "transformers", "llama.cpp"; the last takes batch 1 alone and is left out
-    elsewhere. A row is a `Speed` or `Prefill` as a dictionary. Raises BadInput where a context leaves no room, for an
-    unknown back end and for one that cannot be had.
+    backend: of "auto", "native", "torch", "transformers", "llama.cpp"; the last does not draw. A row is a `Speed` or
+    `Prefill` as a dictionary. Raises BadInput where a context leaves no room, for an unknown back end and for one that
+    cannot be had.
     """
     if steps < 1 or repeats < 1:
         raise BadInput(f"steps is {steps} and repeats is {repeats}, expected 1 or more of each")
@@ -156,7 +156,7 @@ def _place(
     """All runners at one batch and context."""
     here = {}
     for label, (model, name, runner) in runners.items():
-        if (name == "llama.cpp" and batch > 1) or (shared and not isinstance(runner, OurRunner)):
+        if shared and not isinstance(runner, OurRunner):
             continue
         if isinstance(runner, OurRunner):
             runner.shared = shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 import statistics
 import time
@@ -14,6 +15,7 @@ import torch
 from thinkfast.model.config import ATTENTION, DecoderConfig
 
 GEMM_SIZE = 512
+SPIN = 0.03  # seconds for which threads of OpenMP may go on looking for work, on cores that others want
 MIN_BUFFER, MAX_BUFFER = 1 << 20, 1 << 28
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -28,12 +30,16 @@ class Limits:
     def __init__(self) -> None:
         self.products: list[float] = []
         self.reads: dict[int, list[float]] = {}
+        self._buffers: dict[int, torch.Tensor] = {}
 
     def probe(self, sizes: set[int], weights: set[str], seconds: float = 0.05) -> None:
         """Measures once more, in the faster of the weights' dtypes and float32, over buffers of `sizes` bytes."""
         self.products.append(max(gemm_rate(seconds, getattr(torch, dtype)) for dtype in {"float32", *weights}))
         for size in sizes:
-            self.reads.setdefault(size, []).append(read_bandwidth(size, seconds))
+            if size not in self._buffers:
+                self._buffers[size] = _buffer(size)
+            self.reads.setdefault(size, []).append(_read(self._buffers[size], seconds))
+        time.sleep(SPIN)
 
     @property
     def gemm(self) -> float:
@@ -108,8 +114,19 @@ def gemm_rate(seconds: float = 0.2, dtype: torch.dtype = torch.float32) -> float
 
 def read_bandwidth(size: int, seconds: float = 0.2) -> float:
     """Bytes a second read from a buffer of `size` bytes with the current number of threads."""
-    buffer = torch.ones(size // 4)
-    return size / _typical(lambda: torch.sum(buffer), seconds)
+    return _read(_buffer(size), seconds)
+
+
+def _buffer(size: int) -> torch.Tensor:
+    """Ones in memory as large pages where the system has them, as the kernels' own memory is."""
+    room = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.float32).fill_(1.0)
+
+
+def _read(buffer: torch.Tensor, seconds: float) -> float:
+    return buffer.nbytes / _typical(lambda: torch.sum(buffer), seconds)
 
 
 def buffer_size(size: float) -> int:

@@ -82,26 +82,21 @@ class Ticket:
     """A submitted request: its caller may cancel it, or end one of its samples, from any thread."""
 
     def __init__(self, engine: LiveEngine, request: Request, listener: Listener) -> None:
-        self.request, self.listener = request, listener
+        self.request, self.listener, self._engine = request, listener, engine
         self.tokens = 0
         """Tokens drawn so far, without those of samples that start anew."""
-        self._engine = engine
-        self.deadline = request.deadline
-        self.submitted = time.monotonic()
+        self.deadline, self.submitted = request.deadline, time.monotonic()
         self.key = prompt_key(request.params.seed, request.prompt)
         self.prefix = Prefix(request.prompt, engine.engine.kept_bytes(len(request.prompt) - 1))
-        self.new = True
-        self.running: dict[int, int] = {}
-        self.sent: dict[int, int] = {}
+        self.new, self.closed = True, False
+        self.running, self.sent = dict[int, int](), dict[int, int]()
         self.likely: dict[int, list[tuple[tuple[int, float], ...]]] = {}
-        self.again: list[int] = []
-        self.next = 0
-        self.shortest = math.inf
-        self.served = 0.0
+        self.again, self.next, self.shortest, self.served = list[int](), 0, math.inf, 0.0
 
     def cancel(self) -> None:
-        """Ends the request within a step; its running samples are dropped."""
-        self._engine.command(lambda: self._engine.close_ticket(self, CANCELLED))
+        """Ends the request within a step, if it is still there; its running samples are dropped."""
+        if not self.closed:
+            self._engine.command(lambda: self._engine.close_ticket(self, CANCELLED))
 
     def end(self, index: int) -> None:
         """Ends sample `index` within a step, as if it had met a stop sequence."""
@@ -135,8 +130,7 @@ class LiveEngine:
         self._table = SlotTable(self.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
         self._owner: list[Ticket | None] = [None] * self.slots
         self._live: list[Ticket] = []
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
+        self._commands, self._wake = deque[Callable[[], None]](), threading.Condition()
         self._pace, self._flushed = 0.0, 0.0
         self._stepped = math.inf  # when the step before this one ended, where nothing but work lies between
         self._refusing, self._settled = False, True  # settled: every prompt is fed and has had its turn
@@ -174,14 +168,14 @@ class LiveEngine:
             ticket.prefix, self._settled = alike or ticket.prefix, False
             self._live.append(ticket)
 
-        self.command(enter)
+        self.command(enter, at_once=not self._table.active.all())
         return ticket
 
-    def command(self, call: Callable[[], None]) -> None:
-        """Has the thread call `call` between two steps."""
+    def command(self, call: Callable[[], None], at_once: bool = True) -> None:
+        """Has the thread call `call` between two steps, or else behind those that are being made in a row."""
         with self._wake:
             self._commands.append(call)
-            if isinstance(self._memory, Ahead):
+            if at_once and isinstance(self._memory, Ahead):
                 self._memory.interrupt(True)
             self._wake.notify()
 
@@ -206,11 +200,12 @@ class LiveEngine:
         if ticket not in self._live:
             return
         self._live.remove(ticket)
-        now = time.monotonic()
+        ticket.closed = True
         for index, slot in list(ticket.running.items()):
             if reason == DEADLINE:
                 self._tell_piece(ticket, index, slot)
-                ticket.listener(Drawn(index, self._table.sample(slot, DEADLINE, now, ticket.submitted)))
+                sample = self._table.sample(slot, DEADLINE, time.monotonic(), ticket.submitted)
+                ticket.listener(Drawn(index, sample))
             self._free(slot)
         if ticket.prefix.ready and all(t.prefix is not ticket.prefix for t in self._live):
             self._shelf.put(ticket.prefix)
@@ -260,9 +255,9 @@ class LiveEngine:
         rows = np.flatnonzero(self._table.active).astype(np.int32)
         if not len(rows):
             return
-        wanted = any(t.request.alternatives for t in self._live)
-        logits = np.empty((len(rows), self._vocab), np.float32) if wanted else None
-        before = self._table.position[rows]
+        logits, before = None, self._table.position[rows]
+        if any(t.request.alternatives for t in self._live):
+            logits = np.empty((len(rows), self._vocab), np.float32)
         if logits is None:
             due = min(ticket.deadline for ticket in self._live)
             finished = decode(self._memory, self._table, rows, due - time.monotonic())

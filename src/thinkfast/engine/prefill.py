@@ -67,7 +67,9 @@ class Shelf:
         return prefix
 
     def put(self, prefix: Prefix) -> None:
-        """Keeps a state that has been fed whole; those used longest ago make room for it."""
+        """Keeps a state that has been fed whole, if it fits at all; those used longest ago make room for it."""
+        if prefix.size > self._limit:
+            return
         self.take(prefix.tokens)
         self._held[prefix.tokens], self._bytes = prefix, self._bytes + prefix.size
         while self._bytes > self._limit:

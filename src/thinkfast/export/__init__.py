@@ -16,6 +16,7 @@ def export_model(source: Path, out: Path, form: str, dtype: str | None, compat: 
     Raises BadInput for an unknown format, for `compat` with one that it does not concern, and for an `out` inside of a
     file.
     """
+    check_format(form)
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir():
         raise BadInput(f"{above} is a file, expected a directory")
@@ -23,8 +24,6 @@ def export_model(source: Path, out: Path, form: str, dtype: str | None, compat: 
         from thinkfast.export.hf import export_hf
 
         return export_hf(source, out, dtype, compat)
-    if form != "gguf":
-        raise BadInput(f"format is {form!r}, expected one of {', '.join(FORMATS)}")
     if compat:
         raise BadInput("--compat is about transformers, expected the format hf")
     from thinkfast.export.gguf import export_gguf
@@ -35,18 +34,22 @@ def export_model(source: Path, out: Path, form: str, dtype: str | None, compat: 
 def plan_model(source: Path, form: str, dtype: str | None) -> tuple[dict[str, Any], str]:
     """What an export of a model takes in memory, as a document and in words; writes nothing.
 
-    Raises BadInput for an unknown dtype, and for a model that no stock layout expresses.
+    Raises BadInput for an unknown format or a dtype that it lacks, and for a model that it does not express.
     """
-    from thinkfast.export.hf import stored_dtype
-    from thinkfast.export.memory import WEIGHT_BYTES, plan
+    from thinkfast.export.gguf import expressible, gguf_dtype
+    from thinkfast.export.hf import dtype_name, examine, stored_dtype, torch_dtype
+    from thinkfast.export.memory import plan
     from thinkfast.model.checkpoint import read_config
-    from thinkfast.model.config import MAMBA
-    from thinkfast.model.layout import check_stock
 
-    chosen = dtype or ("bfloat16" if form == "gguf" else stored_dtype(source))
-    if chosen not in WEIGHT_BYTES:
-        raise BadInput(f"dtype is {chosen!r}, expected one of {', '.join(WEIGHT_BYTES)}")
+    check_format(form)
     config = read_config(source)
-    if MAMBA in config.layer_types:
-        check_stock(config)
-    return plan(config, chosen)
+    if form == "gguf":
+        return plan(expressible(config, source), gguf_dtype(dtype))
+    examine(config, source, compat=False)
+    return plan(config, dtype_name(torch_dtype(dtype or stored_dtype(source))))
+
+
+def check_format(form: str) -> None:
+    """Raises BadInput for what is not one of FORMATS."""
+    if form not in FORMATS:
+        raise BadInput(f"format is {form!r}, expected one of {', '.join(FORMATS)}")

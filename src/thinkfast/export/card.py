@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import thinkfast
 from thinkfast.model.checkpoint import read_config
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig
 from thinkfast.records import read_json
+from thinkfast.sections import StageName
 
+TEACHER = "teacher"
+OF_STUDENTS = ("kl", "train_tokens")
 FIGURES = {
     "pass@1": "accuracy of one sample (pass@1)",
     "majority": "accuracy of the majority vote",
@@ -25,14 +29,21 @@ FIGURES = {
 def model_card(
     source: Path, exported: Path, name: str, parity: Mapping[str, Any] | None, warnings: Sequence[str] = ()
 ) -> str:
-    """The text of README.md. Facts come from the files beside `source`: run.json and, two floors up, the run's."""
+    """The text of README.md. Facts come from the model's run.json and from the files of the run around it."""
     config = read_config(exported)
-    record, run = _read(source / "run.json"), source.resolve().parents[1]
-    parts = [_front(config), f"# {name}", _shape(config), _how(record), _data(run), _measured(source, run)]
+    record, run = _read(source / "run.json"), run_of(source)
+    made = [_how(source, record, run), _data(run), _measured(source, record, run)]
+    parts = [_front(config), f"# {name}", _shape(config), *made]
     if parity is not None:
         parts.append(_checked(parity))
     parts += [_use(name), _notes(config, warnings)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def run_of(source: Path) -> Path:
+    """The directory of the run that made a model: RUN of RUN/models/NAME, and of RUN/NAME."""
+    above = source.resolve().parent
+    return above.parent if above.name == "models" else above
 
 
 def _front(config: DecoderConfig) -> str:
@@ -49,6 +60,7 @@ def _shape(config: DecoderConfig) -> str:
         "layers": f"{config.num_layers}, attention in {', '.join(attention) if attention else 'none'}",
         "width": f"{config.hidden_size}, feed-forward {config.intermediate_size}",
         "vocabulary": config.vocab_size,
+        "context": f"{config.max_position_embeddings} tokens",
     }
     if config.mamba is not None:
         m = config.mamba
@@ -58,18 +70,30 @@ def _shape(config: DecoderConfig) -> str:
     return f"{text}\n\n{_table(rows)}"
 
 
-def _how(record: Mapping[str, Any]) -> str:
+def _how(source: Path, record: Mapping[str, Any], run: Path) -> str:
+    """Command, teacher, the settings of the stages that ran, and what those took."""
     if not record:
         return ""
-    notes = record.get("notes", {})
+    notes, settings = record.get("notes", {}), record.get("settings", {})
     lines = [f"## How it was made\n\n`{record.get('command', '')}`, thinkfast {record.get('code', '')}."]
-    lines.append("```json\n" + json.dumps(record.get("settings", {}), indent=2) + "\n```")
+    if source.resolve().name != TEACHER and (run / "recipe.toml").is_file():
+        teacher = tomllib.loads((run / "recipe.toml").read_text()).get(TEACHER, {}).get("path", "")
+        about = _read(run / "models" / TEACHER / "run.json").get("notes", {}).get("result", "")
+        lines.append(f"Its teacher: {', '.join(filter(None, (Path(teacher).name, about)))}.")
+    unused = {*get_args(StageName)} - {*settings.get("stages", get_args(StageName))}
+    used = {key: value for key, value in settings.items() if key not in unused and value is not None}
+    if used:
+        lines.append("```json\n" + json.dumps(used, indent=2) + "\n```")
     if isinstance(train := notes.get("train"), Mapping):
         told = [f"{stage}: {row['tokens']:,} tokens in {row['seconds']:,.0f} s" for stage, row in train.items()]
         lines.append("; ".join(told) + ".")
-    if isinstance(machine := record.get("machine"), Mapping):
-        lines.append(f"On {machine.get('cores')} cores of {machine.get('processor')}.")
+    lines.append(_machine(record) + ".")
     return "\n\n".join(lines)
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    machine = record.get("machine", {})
+    return f"On {machine.get('cores', '?')} cores of {machine.get('processor', 'an unknown processor')}"
 
 
 def _data(run: Path) -> str:
@@ -81,7 +105,7 @@ def _data(run: Path) -> str:
 
 
 def _setting(record: Mapping[str, Any]) -> str:
-    settings = {key: value for key, value in record.get("settings", {}).items() if value is not None}
+    settings = {key: value for key, value in record.get("settings", {}).items() if value not in (None, [])}
     result = record.get("notes", {}).get("result", "")
     return f"{result} ({', '.join(f'{key} {value}' for key, value in settings.items())})" if settings else str(result)
 
@@ -90,20 +114,35 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _measured(source: Path, run: Path) -> str:
-    """Figures of RUN/summary.json for this model and, beside them, for its teacher."""
+def _measured(source: Path, record: Mapping[str, Any], run: Path) -> str:
+    """Figures of RUN/summary.json for this model and, beside them, for its teacher, and what they were measured on."""
     summary = _read(run / "summary.json")
-    models = summary.get("models", {})
-    name = source.resolve().name
+    models, name = summary.get("models", {}), source.resolve().name
     if name not in models:
-        return "## Measured\n\nNothing was measured in the run this model comes from."
-    shown = [name, *(other for other in ("teacher",) if other in models and other != name)]
+        result = record.get("notes", {}).get("result")
+        return "## Measured\n\n" + (f"{result}. " if result else "") + "Accuracy and speed were not measured."
+    shown = [name, *(other for other in (TEACHER,) if other in models and other != name)]
     head = f"| on {summary.get('problems', '?')} problems | " + " | ".join(shown) + " |"
     lines = [head, "| --- |" + " --- |" * len(shown)]
     for key, words in FIGURES.items():
-        if key in models[name]:
-            lines.append(f"| {words} | " + " | ".join(_number(models[other].get(key, 0)) for other in shown) + " |")
-    return "## Measured\n\n" + "\n".join(lines)
+        if any(key in models[other] for other in shown) and not (name == TEACHER and key in OF_STUDENTS):
+            lines.append(f"| {words} | " + " | ".join(_figure(models[other], other, key) for other in shown) + " |")
+    return "\n".join(["## Measured\n", *lines, "", _conditions(name, models, run)])
+
+
+def _figure(figures: Mapping[str, Any], name: str, key: str) -> str:
+    return "–" if key not in figures or (name == TEACHER and key in OF_STUDENTS) else _number(figures[key])
+
+
+def _conditions(name: str, models: Mapping[str, Any], run: Path) -> str:
+    record = _read(run / "samples" / name / "run.json")
+    settings, figures = record.get("settings", {}), models[name]
+    backend = record.get("notes", {}).get("engine", {}).get("backend", "")
+    said = [f"{_machine(record)}, {figures.get('slots', '?')} chains at once in thinkfast's engine ({backend})"]
+    if settings.get("seconds"):
+        said.append(f"{settings['seconds']:g} seconds for each model")
+    said += [f"{key} {settings[key]:g}" for key in ("temperature", "top_p", "max_tokens") if key in settings]
+    return ", ".join(said) + "."
 
 
 def _checked(parity: Mapping[str, Any]) -> str:

@@ -36,9 +36,7 @@ def export_gguf(source: Path, out: Path, dtype: str | None = None) -> dict[str, 
     float32, and so are, with q8_0, matrices whose rows are no multiple of 32. Narrower mixers are padded with heads
     that give zero. Raises BadInput for what llama.cpp cannot express or an `out` that exists.
     """
-    kind = dtype or "bfloat16"
-    if kind not in TYPES:
-        raise BadInput(f"dtype is {kind!r}, expected one of {', '.join(TYPES)} for the format gguf")
+    kind = gguf_dtype(dtype)
     if out.exists():
         raise BadInput(f"{out} exists, expected a new file")
     try:
@@ -70,6 +68,13 @@ def export_gguf(source: Path, out: Path, dtype: str | None = None) -> dict[str, 
     return {"out": str(out), "format": "gguf", "dtype": kind, "warnings": warnings}
 
 
+def gguf_dtype(name: str | None) -> str:
+    """One of TYPES, bfloat16 where none is named. Raises BadInput for another name."""
+    if name is not None and name not in TYPES:
+        raise BadInput(f"dtype is {name!r}, expected one of {', '.join(TYPES)} for the format gguf")
+    return name or "bfloat16"
+
+
 def expressible(config: DecoderConfig, source: Path) -> DecoderConfig:
     """The shape that is written: a pure model's inert attention layer added, Mamba layers twice as wide as the model.
 
@@ -81,7 +86,7 @@ def expressible(config: DecoderConfig, source: Path) -> DecoderConfig:
             f"{source}: queries and keys are normed, which this writer does not express: "
             "llama.cpp's own converter reads the directory as it is"
         )
-    check_stock(config)
+    check_stock(config, f"{source}: ")
     if MAMBA not in config.layer_types or mamba is None:
         return config
     if mamba.d_inner not in (config.hidden_size, WIDTH * config.hidden_size):

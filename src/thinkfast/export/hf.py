@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from thinkfast.errors import BadInput
-from thinkfast.export.card import model_card
-from thinkfast.export.parity import Differs, check
+from thinkfast.export.card import model_card, run_of
+from thinkfast.export.parity import Differs, check, require_transformers
 from thinkfast.model.checkpoint import GENERATION, load_model, save_model
 from thinkfast.model.config import MAMBA, DecoderConfig
 from thinkfast.model.decoder import Decoder
@@ -32,9 +32,12 @@ def export_hf(source: Path, out: Path, dtype: str | None = None, compat: bool = 
     """
     if out.exists():
         raise BadInput(f"{out} exists, expected a new directory")
-    wanted = torch_dtype(dtype or stored_dtype(source))
+    require_transformers()
+    wanted, stored = torch_dtype(dtype or stored_dtype(source)), torch_dtype(stored_dtype(source))
     model = load_model(source)
     warnings = examine(model.config, source, compat)
+    if torch.promote_types(wanted, stored) != wanted:
+        warnings.append(f"rounded from {dtype_name(stored)} to {dtype_name(wanted)}; what was measured was before that")
     to_dtype(model, wanted)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.part")
@@ -65,7 +68,7 @@ def examine(config: DecoderConfig, source: Path, compat: bool) -> list[str]:
     mamba = config.mamba
     if MAMBA not in config.layer_types or mamba is None:
         return []
-    check_stock(config)
+    check_stock(config, f"{source}: ")
     if mamba.n_groups == 1:
         return []
     if compat:
@@ -120,7 +123,7 @@ def _generation(source: Path, staging: Path) -> dict[str, Any]:
 
 def _sampled(source: Path) -> dict[str, Any]:
     """The sampling parameters of the run around `source`, as RUN/samples/NAME/run.json notes them."""
-    file = source.resolve().parents[1] / "samples" / source.resolve().name / "run.json"
+    file = run_of(source) / "samples" / source.resolve().name / "run.json"
     settings = read_json(file).get("settings", {}) if file.is_file() else {}
     temperature = settings.get("temperature")
     if not isinstance(temperature, int | float) or temperature <= 0:

@@ -8,7 +8,8 @@ from typing import Any
 
 from thinkfast.model.config import ATTENTION, MAMBA, DecoderConfig
 
-KIB, GIB = 2**10, 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+UNITS = {GIB: "GiB", MIB: "MiB", KIB: "KiB"}
 BLOCK = 16
 HALF, SINGLE = 2, 4
 CARDS = (24, 80, 141)
@@ -100,19 +101,29 @@ def plan(config: DecoderConfig, dtype: str) -> tuple[dict[str, Any], str]:
         "max_num_seqs": fits,
     }
     lines = [
-        f"weights            {single.parameters / 1e6:,.1f}M parameters, {weights / GIB:.2f} GiB in {dtype}",
-        f"attention          {single.attention_layers} layers, {single.kv_token / KIB:g} KiB a token and layer",
+        f"weights            {single.parameters / 1e6:,.1f}M parameters, {_size(weights)} in {dtype}",
+        f"attention          {_layers(single.attention_layers)}, {_size(single.kv_token)} a token and layer",
     ]
     if single.mamba_layers:
         lines += [
-            f"recurrent state    {single.mamba_layers} layers, {single.state / KIB:g} KiB a sequence and layer "
-            f"in float32, {half.state / KIB:g} in bfloat16, and {single.conv / KIB:g} of the convolution",
+            f"recurrent state    {_layers(single.mamba_layers)}, {_size(single.state)} a sequence and layer "
+            f"in float32, {_size(half.state)} in bfloat16, and {_size(single.conv)} of the convolution",
             f"vLLM's block       {single.block} tokens with a float32 state, {half.block} with a bfloat16 one",
         ]
-    lines.append("one sequence       " + _row(f"{single.sequence(c) / GIB:.3f} GiB at {c}" for c in contexts))
+    lines.append("one sequence       " + _row(f"{_size(single.sequence(c))} at {c:,} tokens" for c in contexts))
     for card, counts in fits.items():
-        lines.append(f"on {card:>3} GiB         " + _row(f"{n:,} at {context}" for context, n in counts.items()))
+        lines.append(f"on {card:>3} GiB         " + _row(f"{n:,} at {int(context):,}" for context, n in counts.items()))
     return document, "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit of which there is one."""
+    unit = next((size for size in UNITS if count >= size), KIB)
+    return f"{count / unit:.4g} {UNITS[unit]}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _row(parts: Iterable[str]) -> str:

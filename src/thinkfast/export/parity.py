@@ -58,11 +58,16 @@ def installed_version() -> tuple[int, ...]:
         return (0,)
 
 
+def require_transformers() -> None:
+    """Raises BadInput where `transformers` is not installed."""
+    if installed_version() == (0,):
+        raise BadInput("transformers is not installed, which the parity check needs: pip install 'thinkfast[export]'")
+
+
 @torch.no_grad()
 def check(directory: str | Path) -> Parity:
     """Compares in float32 on random token ids. Raises Differs, BadInput where `transformers` is not installed."""
-    if installed_version() == (0,):
-        raise BadInput("transformers is not installed, which the parity check needs: pip install 'thinkfast[export]'")
+    require_transformers()
     path = Path(directory)
     ours = load_model(path)
     with _quiet() as transformers:

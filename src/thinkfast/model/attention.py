@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from thinkfast.model.cache import AttentionCache
 from thinkfast.model.config import DecoderConfig
 from thinkfast.model.layers import RMSNorm, apply_rope, rope_frequencies
+from thinkfast.ops.cpu import training
 
 
 class Attention(nn.Module):
@@ -39,6 +40,9 @@ class Attention(nn.Module):
         positions = torch.arange(length, device=u.device)
         if cache is not None:
             positions = cache.lengths[:, None] + positions
+        if cache is None and self.head_dim % (2 * training.BLOCK) == 0 and training.usable(u, v):
+            fused: Tensor = self.o_proj(training.attention(*self._projected(u), v, positions[:, None] * self.frequency))
+            return fused
         q, k = self.queries_keys(u, positions)
         v = v.transpose(1, 2)
         if cache is None:
@@ -55,12 +59,17 @@ class Attention(nn.Module):
 
     def queries_keys(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Turned queries (B, H, L, P) and keys (B, KVH, L, P) of inputs u (B, L, D) at positions (B, L) or (L,)."""
+        q, k = self._projected(u)
+        q, k = (apply_rope(x, positions, self.frequency).transpose(1, 2) for x in (q, k))
+        return q, k
+
+    def _projected(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, L, H, P) and keys (B, L, KVH, P), normed where the teacher norms them."""
         batch, length, _ = u.shape
         q = self.q_proj(u).view(batch, length, self.num_heads, self.head_dim)
         k = self.k_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (apply_rope(x, positions, self.frequency).transpose(1, 2) for x in (q, k))
         return q, k
 
     def matrix(self, u: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Layouts that are read and not written: Bamba, Mamba-2 (of transformers and of mamba_ssm) and Llamba.
+"""Which layout a config.json has, and the layouts that are read and not written: Bamba, Mamba-2 (of transformers and of
+mamba_ssm) and Llamba.
 
 Multipliers, missing positions and partial rotary embedding are folded into the weights on the way in, so that one
 decoder computes them all.
@@ -18,10 +19,10 @@ from thinkfast.model.layout import (
     WRITTEN,
     Fields,
     check_no_limit,
-    parse_config,
     parse_eos,
     parse_mamba,
     parse_rope,
+    parse_written,
 )
 from thinkfast.model.own import OWN, parse_own
 
@@ -36,14 +37,13 @@ def parse(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
 
     Raises BadInput naming `where` and the field, for whatever the decoder does not compute.
     """
-    readers = {BAMBA: _bamba, MAMBA2: _mamba2, MAMBA_SSM: _mamba_ssm, LLAMBA: _llamba}
     layout = _layout(raw)
     if layout == OWN:
         return OWN, parse_own(raw, where)
-    if layout in WRITTEN:
-        return parse_config(raw, where)
+    readers = dict.fromkeys(WRITTEN, parse_written)
+    readers |= {BAMBA: _bamba, MAMBA2: _mamba2, MAMBA_SSM: _mamba_ssm, LLAMBA: _llamba}
     if layout not in readers:
-        known = ", ".join(repr(name) for name in (*WRITTEN, *readers))
+        known = ", ".join(map(repr, readers))
         raise BadInput(f"{where}: model_type is {layout!r}, supported are {known}, without experts")
     try:
         return layout, readers[layout](Fields(raw, where))

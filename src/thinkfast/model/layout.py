@@ -71,15 +71,13 @@ class Fields:
             raise self.fail(name, value, f"{supported!r}: nothing else is supported")
 
 
-def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
-    """The layout and the decoder's shape of a config.json already read as `raw`; absent fields have stock defaults.
+def parse_written(fields: Fields) -> DecoderConfig:
+    """The decoder's shape in one of the layouts `WRITTEN`; absent fields have stock defaults.
 
-    Raises BadInput naming `where` and the field, for whatever the decoder does not compute.
+    Raises BadInput naming the field, for whatever the decoder does not compute, and ValueError for shapes that do not
+    go together.
     """
-    fields = Fields(raw, where)
-    layout = raw.get("model_type")
-    if layout not in WRITTEN:
-        raise BadInput(f"{where}: model_type is {layout!r}, expected one of {', '.join(WRITTEN)}")
+    layout: str = fields.raw["model_type"]
     fields.only("quantization_config", None, None)
     fields.only("hidden_act", "silu", "silu")
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -98,31 +96,28 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[str, DecoderConfig]:
         kinds, bias = (ATTENTION,) * fields.integer("num_hidden_layers"), layout == QWEN2
         _check_family(fields, layout)
     theta, scaling = parse_rope(fields)
-    try:
-        return layout, DecoderConfig(
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=fields.integer("shared_intermediate_size" if layout == HYBRID else "intermediate_size"),
-            num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads if "num_key_value_heads" in raw else shared),
-            head_dim=head_dim,
-            layer_types=kinds,
-            mamba=mamba,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=fields.integer("max_position_embeddings", 2048),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            bos_token_id=fields.token("bos_token_id", None if layout in (QWEN2, QWEN3) else 1),
-            eos_token_ids=parse_eos(fields, None if layout in (QWEN2, QWEN3) else 2),
-            pad_token_id=fields.token("pad_token_id", None),
-            rotary_dim=None if positions else 0,
-            qkv_bias=bias,
-            qk_norm=layout == QWEN3,
-            family=family,
-        )
-    except ValueError as error:
-        raise BadInput(f"{where}: {error}") from error
+    return DecoderConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.integer("shared_intermediate_size" if layout == HYBRID else "intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", heads if "num_key_value_heads" in fields.raw else shared),
+        head_dim=head_dim,
+        layer_types=kinds,
+        mamba=mamba,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=fields.integer("max_position_embeddings", 2048),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        bos_token_id=fields.token("bos_token_id", None if layout in (QWEN2, QWEN3) else 1),
+        eos_token_ids=parse_eos(fields, None if layout in (QWEN2, QWEN3) else 2),
+        pad_token_id=fields.token("pad_token_id", None),
+        rotary_dim=None if positions else 0,
+        qkv_bias=bias,
+        qk_norm=layout == QWEN3,
+        family=family,
+    )
 
 
 def _check_family(fields: Fields, layout: str) -> None:
@@ -235,21 +230,22 @@ def parse_eos(fields: Fields, default: int | None = 2) -> tuple[int, ...]:
     return tuple(values)
 
 
-def check_stock(config: DecoderConfig) -> None:
-    """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has."""
+def check_stock(config: DecoderConfig, where: str = "") -> None:
+    """Raises BadInput for a mixer that neither dense GraniteMoeHybrid nor its counterpart in llama.cpp has; `where`
+    begins the message."""
     if config.qk_norm:
         raise BadInput(
-            "the attention layers norm queries and keys, which no layout of a hybrid model can express: "
+            f"{where}the attention layers norm queries and keys, which no layout of a hybrid model can express: "
             "convert every layer, or take a teacher without QK norm"
         )
     if config.mamba is not None and config.mamba.kind != MAMBA2:
         raise BadInput(
-            f"the layers are {config.mamba.title}, which no stock layout can express: "
+            f"{where}the layers are {config.mamba.title}, which no stock layout can express: "
             "distil the teacher into Mamba-2 layers"
         )
     if config.rotary_dim not in (None, 0, config.head_dim):
         raise BadInput(
-            f"rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, which no layout that is "
+            f"{where}rotary embedding turns {config.rotary_dim} of {config.head_dim} channels, which no layout that is "
             "written can express: all or none"
         )
 

@@ -33,6 +33,7 @@ from thinkfast.model.mixer import (
     required,
     split_channels,
 )
+from thinkfast.ops.cpu import training
 from thinkfast.ops.ssd import decayed_matrix, ssd_step
 from thinkfast.ops.triton import chunked_scan
 
@@ -77,6 +78,8 @@ class Mamba2(StateMixer):
 
     def forward(self, u: Tensor, cache: MambaCache | None = None) -> Tensor:
         """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place."""
+        if cache is None and (fused := self._fused(u)) is not None:
+            return fused
         z, x, dt, A, B, C = self._inputs(u, cache)
         D = self.D.float()
         if cache is not None and u.shape[1] == 1:
@@ -88,6 +91,20 @@ class Mamba2(StateMixer):
         if cache is not None:
             cache.state.copy_(state)
         out: Tensor = self.out_proj(self.norm(y.reshape(z.shape), z))
+        return out
+
+    def _fused(self, u: Tensor) -> Tensor | None:
+        """The same by the kernels for training, where they take it."""
+        bias = self.conv1d.bias
+        if bias is None or self.norm.groups != self.shape.n_groups:
+            return None
+        weights = self.conv1d.weight, bias, self.dt_bias, self.A_log, self.D, self.norm.weight
+        shape = self.shape
+        sizes = shape.n_heads, shape.head_dim, shape.d_state, shape.n_groups, shape.d_conv, shape.chunk_size
+        fused = training.MixerShape(*sizes, self.norm.eps)
+        if not fused.fits or not training.usable(u, self.in_proj.weight, *weights):
+            return None
+        out: Tensor = self.out_proj(training.mixer(self.in_proj(u), weights, fused))
         return out
 
     def _inputs(self, u: Tensor, cache: MambaCache | None) -> tuple[Tensor, ...]:

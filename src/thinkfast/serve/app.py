@@ -41,6 +41,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 Asked = ChatRequest | CompletionRequest
+CHARACTERS = 16
+"""A prompt's text may have so many for each token it may have: what is longer is not cut into tokens first, since that
+can take seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class Desk:
             raise Refused(503, f"model: the engine of {served.name} has stopped", "model", "engine_stopped", 30)
         arrived: float = request.state.arrived
         budget = self._budget(asked)
-        prompt, problem = _prompt(served, asked)
+        prompt, problem = _prompt(served, asked, self._longest(served))
         params = self._params(served, asked, prompt)
         stream = asked.stream
         if asked.stream_options is not None and not stream:
@@ -142,10 +145,13 @@ class Desk:
             )
         return asked.time_budget or most
 
+    def _longest(self, served: Served) -> int:
+        """Tokens of a prompt, at most."""
+        return min(self.limits.prompt, served.live.capacity - 1)
+
     def _params(self, served: Served, asked: Asked, prompt: Sequence[int]) -> SamplingParams:
-        field_ = "messages" if isinstance(asked, ChatRequest) else "prompt"
+        field_, most = _prompt_field(asked), self._longest(served)
         room = min(self.limits.answer, served.live.capacity - len(prompt))
-        most = min(self.limits.prompt, served.live.capacity - 1)
         if len(prompt) > most:
             raise Refused(
                 400, f"{field_}: expected at most {most} tokens, not {len(prompt)}", field_, "context_length_exceeded"
@@ -162,9 +168,17 @@ class Desk:
         return params
 
 
-def _prompt(served: Served, asked: Asked) -> tuple[tuple[int, ...], str]:
-    """Token ids, and the text that a reward model is shown."""
+def _prompt_field(asked: Asked) -> str:
+    return "messages" if isinstance(asked, ChatRequest) else "prompt"
+
+
+def _prompt(served: Served, asked: Asked, tokens: int) -> tuple[tuple[int, ...], str]:
+    """Token ids, and the text that a reward model is shown. Refuses text that is too long for so many tokens."""
     tokenizer = served.tokenizer
+    field_, characters = _prompt_field(asked), asked.characters
+    if characters > CHARACTERS * tokens:
+        told = f"{field_}: expected at most {CHARACTERS * tokens} characters, not {characters}"
+        raise Refused(400, told, field_, "context_length_exceeded")
     if isinstance(asked, ChatRequest):
         messages = [{"role": message.role, "content": message.text} for message in asked.messages]
         try:
@@ -305,6 +319,7 @@ async def _answer(desk: Desk, asked: Asked, request: Request, chat: bool) -> Res
                     yield event
         finally:
             desk.meter.samples.labels(served.name).inc(job.samples)
+            desk.meter.ended.labels(served.name).inc(job.ended_tokens)
             del desk.open[place]
 
     async def told() -> None:

@@ -136,6 +136,8 @@ class Ballot:
         """
         if len(self.chains) < self.least or self.strategy in RANKED or self.unplaced:
             return False
+        if self.strategy == "majority" and 2 * len(self.chains) <= self.limit:
+            return False  # those to come are as many as there are
         counts = [int(votes) for votes in self.totals().values()]
         first, second = sorted([*counts, 0, 0], reverse=True)[:2]
         if first - second > self.limit - len(self.chains):

@@ -17,19 +17,23 @@ from thinkfast.errors import BadInput
 from thinkfast.model.checkpoint import load_model, read_config
 from thinkfast.serve.text import TextStream
 
+FADE = 0.98  # of the longest: half of it is forgotten after 34 measurements
+
 
 class Spread:
-    """How long something takes at the worst: its running mean and four mean deviations (RFC 6298)."""
+    """How long something takes at the worst: its running mean and four mean deviations (RFC 6298), or the longest it
+    has lately taken, since pauses of a machine come seldom and then several at a time."""
 
     def __init__(self, guess: float) -> None:
-        self._mean, self._deviation = guess, guess / 2
+        self._mean, self._deviation, self._longest = guess, guess / 2, 0.0
 
     @property
     def seconds(self) -> float:
-        return self._mean + 4 * self._deviation
+        return max(self._mean + 4 * self._deviation, self._longest)
 
     def note(self, seconds: float) -> None:
         """Takes a measurement in."""
+        self._longest = max(seconds, FADE * self._longest)
         self._deviation += (abs(seconds - self._mean) - self._deviation) / 4
         self._mean += (seconds - self._mean) / 8
 

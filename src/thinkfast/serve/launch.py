@@ -8,7 +8,7 @@ import ipaddress
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -57,7 +57,6 @@ def serve_models(
 
     from thinkfast.serve.app import create_app
     from thinkfast.serve.draw import open_model
-    from thinkfast.serve.gate import JsonLines
     from thinkfast.serve.judge import open_judge
     from thinkfast.serve.keys import load_keys
 
@@ -67,15 +66,10 @@ def serve_models(
     listener = bind(host, port, keys is not None)
     # The engine's thread needs Python only between steps; it should not wait long for it.
     sys.setswitchinterval(SWITCH_SECONDS)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
     log = logging.getLogger("thinkfast.serve")
-    for name, level in (("thinkfast.serve", logging.INFO), ("uvicorn.error", logging.ERROR)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
+        stack.enter_context(_lines_on_stderr())
         models = []
         for directory in directories:
             models.append(open_model(directory, slots, limits.prompt + limits.answer))
@@ -87,7 +81,6 @@ def serve_models(
         stack.callback(app.state.desk.grader.close)
         config = uvicorn.Config(
             app,
-            http="h11",
             ws="none",
             access_log=False,
             log_config=None,
@@ -115,9 +108,30 @@ def serve_models(
         shown = {"address": f"http://{where}:{address[1]}", "models": [model.name for model in models]}
         log.info("serving", extra={"facts": shown})
         server = Server(config)
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(server.serve([listener]))
+        # uvloop and httptools, where they are installed, take half of a request's time: it is the engine's time, too.
+        with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(server.serve([listener]))
         log.info("stopped")
+
+
+@contextlib.contextmanager
+def _lines_on_stderr() -> Iterator[None]:
+    """Logs of the server as JSON lines, for as long as it runs."""
+    from thinkfast.serve.gate import JsonLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    levels = {logging.getLogger("thinkfast.serve"): logging.INFO, logging.getLogger("uvicorn.error"): logging.ERROR}
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in levels]
+    for logger, level in levels.items():
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def bind(host: str, port: int, guarded: bool) -> socket.socket:

@@ -25,6 +25,8 @@ class Meter:
         told = "Seconds by which an answer missed its deadline, 0 where it did not."
         self.late = Histogram("late_seconds", told, (), here, registry=at, buckets=SECONDS)
         self.samples = Counter("samples", "Chains of thought and completions that ended.", ["model"], here, registry=at)
+        told = "Tokens of chains of thought and completions that came to their end."
+        self.ended = Counter("ended_tokens", told, ["model"], here, registry=at)
         self.votes = Counter("votes", "Votes by what ended them.", ["stopped"], here, registry=at)
         for name, told, value in (
             ("decoded_tokens", "Tokens decoded.", _tokens),

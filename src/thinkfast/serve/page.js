@@ -77,9 +77,10 @@ function showChain(run, chain) {
   $("h3 .soft", run).textContent = $(".chains", run).children.length;
 }
 
-function showEnd(run, found) {
+function showEnd(run, found, budget) {
   const answer = $(".answer", run);
-  const ends = { decided: "decided early", samples: "all chains drawn", deadline: "time is up", closed: "the server stopped" };
+  const late = found.seconds > 0.95 * budget ? "time is up" : "no other chain would end in time";
+  const ends = { decided: found.strategy === "adaptive" ? "the vote is decided" : "no more chains could change it", samples: "all chains drawn", deadline: late, closed: "the server stopped" };
   answer.textContent = found.answer === null ? "No answer in this time" : found.answer;
   const share = `${Math.round(100 * found.confidence)} % of the votes, `;
   const told = `${found.answer === null ? "" : share}${found.samples} chains, ${found.seconds.toFixed(2)} s, ${ends[found.stopped]}`;
@@ -133,7 +134,7 @@ async function think(name, problem, budget, strategy, signal) {
         showVotes(run, news.votes);
         if (news.votes.length) $(".answer", run).textContent = news.votes[0].answer;
       } else {
-        showEnd(run, news);
+        showEnd(run, news, budget);
         ended = true;
       }
     }

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from thinkfast.data.tokenizer import Tokenizer
 from thinkfast.engine.live import Piece
 from thinkfast.engine.live import Request as Drawing
+from thinkfast.engine.sampling import STOP
 from thinkfast.serve.ballot import Chain, Outcome
 from thinkfast.serve.draw import Delta
 from thinkfast.serve.vote import Plan
@@ -39,7 +40,7 @@ class Job:
         self.model, self.chat, self.prompt_tokens, self.facts = model, chat, prompt_tokens, facts
         self.plan: Plan | None = None
         self.request: Drawing | None = None
-        self.samples = self.tokens = 0
+        self.samples = self.tokens = self.ended_tokens = 0
         self.ended = 0.0
         """When the outcome was known, on `time.monotonic()`."""
 
@@ -47,11 +48,13 @@ class Job:
         """Counts what an event brings, for usage, figures and log."""
         if isinstance(event, Chain):
             self.samples, self.tokens = self.samples + 1, self.tokens + event.tokens
+            self.ended_tokens += event.tokens if event.finish_reason == STOP else 0
         elif isinstance(event, Outcome):
             self.tokens, self.ended = event.tokens, time.monotonic()
             self.facts |= {"stopped": event.stopped, "answered": event.answer is not None}
         elif event.reason is not None:
             self.samples, self.tokens = self.samples + 1, self.tokens + event.tokens
+            self.ended_tokens += event.tokens if event.reason == STOP else 0
         self.facts |= {"samples": self.samples, "completion_tokens": self.tokens}
 
     def usage(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from thinkfast.serve.vote import Plan
 
 ROWS = 8
+SPENT = 0.95  # of the budget: less is left for no chain
 Show = Callable[[str, float, list[dict[str, Any]], int], None]
 
 
@@ -136,7 +137,7 @@ def _solve(served: Served, text: str, settings: Settings, grader: Grader, judge:
     except JudgeFailed as error:
         raise Failed(f"the reward model failed: {error}") from None
     found = outcome.document()
-    print(in_words(found), file=sys.stdout, flush=True)
+    print(in_words(found, settings.n, settings.budget), file=sys.stdout, flush=True)
     chain = "" if outcome.chain is None else outcome.chain.text
     return {"problem": text, **found, "chain": chain}
 
@@ -168,14 +169,22 @@ async def _watch(served: Served, plan: Plan, grader: Grader, show: Show) -> Outc
     raise AssertionError("the vote ended without an outcome")
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """The answer, its share of the votes, the samples and the seconds, in one line."""
+def in_words(found: dict[str, Any], most: int, budget: float) -> str:
+    """The answer, its share of the votes, the samples, the seconds and why it was told then, in one line.
+
+    most: chains there could have been, within so many seconds of `budget`.
+    """
     if found["answer"] is None:
         return f"no answer: {found['samples']} chains ended in {found['seconds']:.2f} s"
-    return (
-        f"{found['answer']}  ({found['confidence']:.0%} of the votes, {found['samples']} samples, "
-        f"{found['seconds']:.2f} s, {found['stopped']})"
-    )
+    why = {
+        "decided": "the vote is decided" if found["strategy"] == "adaptive" else f"no more of {most} can change it",
+        "samples": f"all {most} are drawn",
+        "deadline": "time is up" if found["seconds"] > SPENT * budget else "no other chain would end in time",
+        "closed": "stopped",
+    }
+    share = f"{found['confidence']:.0%} of the {'weight' if found['strategy'] == 'weighted' else 'votes'}"
+    told = f"{found['samples']} samples, {found['seconds']:.2f} s: {why[found['stopped']]}"
+    return f"{found['answer']}  ({share}, {told})"
 
 
 @contextmanager

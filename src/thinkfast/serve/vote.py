@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from thinkfast.engine.live import CANCELLED, CLOSED, COMPLETE, Closed, Drawn, Event, Piece, Request
@@ -18,7 +17,7 @@ from thinkfast.serve.text import cut_at_stop
 
 LARGEST = 0.25  # of a budget, that either reserve may take
 
-Inbox = asyncio.Queue[Event | Chain | JudgeFailed]
+Inbox = asyncio.Queue[Event | Chain | JudgeFailed | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +183,19 @@ class _Classes:
 
 async def _next(inbox: Inbox, moment: float) -> Event | Chain | JudgeFailed | None:
     """What comes next, None where nothing has come by a moment of `time.monotonic()`."""
-    if not inbox.empty():
-        return inbox.get_nowait()
-    loop = asyncio.get_running_loop()
-    with suppress(TimeoutError):
-        async with asyncio.timeout_at(loop.time() + moment - time.monotonic()):
-            return await inbox.get()
-    return None
+    loop, event = asyncio.get_running_loop(), None
+    while event is None:  # may be left by an earlier alarm
+        if not inbox.empty():
+            event = inbox.get_nowait()
+        elif time.monotonic() >= moment:
+            return None
+        else:
+            alarm = loop.call_at(loop.time() + moment - time.monotonic(), inbox.put_nowait, None)
+            try:
+                event = await inbox.get()
+            finally:
+                alarm.cancel()
+    return event
 
 
 def _chain(served: Served, drawn: Drawn, plan: Plan) -> Chain:

@@ -101,6 +101,11 @@ class ChatRequest(Common):
         return min(given, default=None)
 
     @property
+    def characters(self) -> int:
+        """Of all messages together."""
+        return sum(len(message.text) for message in self.messages)
+
+    @property
     def likeliest(self) -> int | None:
         """Alternatives wanted beside each token; None where no log-probabilities are."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -116,6 +121,11 @@ class CompletionRequest(Common):
     @property
     def limit(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def characters(self) -> int:
+        """Of the prompt, none where it is given in tokens."""
+        return len(self.prompt) if isinstance(self.prompt, str) else 0
 
     @property
     def likeliest(self) -> int | None:

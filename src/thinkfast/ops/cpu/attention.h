@@ -84,27 +84,29 @@ static void score_page(const T* keys, int head_dim, Query* const* queries, float
 template <int H, class T>
 static void weigh_page(const T* values, int dim, int tokens, Query* const* queries, const float* weights, const char* ahead) {
     for (int part = 0; part < dim; part += kPage) {
-        vec acc[H][kParts];
+        // Two chains of sums, of even and of odd tokens: one alone would wait for itself.
+        vec acc[2][H][kParts];
 #pragma GCC unroll 8
         for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
-            for (int i = 0; i < kParts; i++) acc[h][i] = load(queries[h]->y + part + i * kLanes);
+            for (int i = 0; i < kParts; i++) acc[0][h][i] = load(queries[h]->y + part + i * kLanes), acc[1][h][i] = vec{};
+        for (int t = 0; t < tokens; t += 2)
 #pragma GCC unroll 2
-        for (int t = 0; t < tokens; t++) {
-            fetch(ahead + ((size_t)t * dim + part) * sizeof(T), kPage * sizeof(T));
-            vec v[kParts];
-            load_group(values + (size_t)t * dim + part, v);
+            for (int odd = 0; odd < 2; odd++) {
+                fetch(ahead + ((size_t)(t + odd) * dim + part) * sizeof(T), kPage * sizeof(T));
+                vec v[kParts];
+                load_group(values + (size_t)(t + odd) * dim + part, v);
 #pragma GCC unroll 8
-            for (int h = 0; h < H; h++) {
-                vec a = splat(weights[(size_t)h * kScores + t]);
+                for (int h = 0; h < H; h++) {
+                    vec a = splat(weights[(size_t)h * kScores + t + odd]);
 #pragma GCC unroll 4
-                for (int i = 0; i < kParts; i++) acc[h][i] += a * v[i];
+                    for (int i = 0; i < kParts; i++) acc[odd][h][i] += a * v[i];
+                }
             }
-        }
 #pragma GCC unroll 8
         for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
-            for (int i = 0; i < kParts; i++) store(queries[h]->y + part + i * kLanes, acc[h][i]);
+            for (int i = 0; i < kParts; i++) store(queries[h]->y + part + i * kLanes, acc[0][h][i] + acc[1][h][i]);
     }
 }
 

@@ -34,20 +34,20 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: looked for {', '.join(wanted)}")
 
 
-def build() -> Path:
-    """Path of the compiled library. Raises BuildError with the compiler's last words."""
+def build(name: str = "decode") -> Path:
+    """Path of the library compiled from `name`.cpp. Raises BuildError with the compiler's last words."""
     compiler = find_compiler()
-    sources = sorted(SOURCE.glob("*.h")) + sorted(SOURCE.glob("*.cpp"))
+    sources = [*sorted(SOURCE.glob("*.h")), SOURCE / f"{name}.cpp"]
     digest = hashlib.blake2b(digest_size=12)
     for text in (_run([compiler, "--version"]), _processor(), *FLAGS, *(path.read_text() for path in sources)):
         digest.update(text.encode() + b"\0")
-    target = cache_directory() / f"decode-{digest.hexdigest()}.so"
+    target = cache_directory() / f"{name}-{digest.hexdigest()}.so"
     if not target.exists():
-        _compile(compiler, target)
+        _compile(compiler, SOURCE / f"{name}.cpp", target)
     return target
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Processes that compile at the same time each rename a whole file into place.
@@ -55,7 +55,7 @@ def _compile(compiler: str, target: Path) -> None:
             made = Path(folder) / target.name
             for tuning in TUNING:
                 try:
-                    _run([compiler, *FLAGS, *tuning, str(SOURCE / "decode.cpp"), "-o", str(made)])
+                    _run([compiler, *FLAGS, *tuning, str(source), "-o", str(made)])
                     break
                 except BuildError:
                     if not tuning:
