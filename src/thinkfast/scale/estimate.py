@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _EXACT_SAMPLES = 1000  # binomials scaled by 2^-n leave float64 beyond this
-_EXACT_WORK = 2e6  # multiplications a problem above which drawing subsets is cheaper
+_EXACT_WORK = 1e6  # multiplications a problem and k above which drawing subsets is cheaper
 _BLOCK = 2**15  # float64 values in one intermediate array: it stays in the cache
 
 
