@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _EXACT_SAMPLES = 1000  # binomials scaled by 2^-n leave float64 beyond this
-_EXACT_WORK = 2e6  # multiplications a problem above which drawing subsets is cheaper
+_EXACT_WORK = 1e6  # multiplications a problem and k above which drawing subsets is cheaper
 _BLOCK = 2**15  # float64 values in one intermediate array: it stays in the cache
 
 
@@ -66,8 +66,8 @@ def majority_shares(
     """`majority_at_k` for many problems at once, from vote counts.
 
     own (P,): votes of the class in question; others (P, C): votes of the other classes, zeros where there are fewer;
-    silent (P,): samples that vote for nobody. Returns (P, len(ks)). Exact up to 1000 samples a problem unless the work
-    is out of proportion; then the mean over `resamples` subsets drawn with `seed`. Raises BadInput unless every k is
+    silent (P,): samples that vote for nobody. Returns (P, len(ks)). Exact up to 1000 samples a problem for a k whose
+    work is in proportion; else the mean over `resamples` subsets drawn with `seed`. Raises BadInput unless every k is
     between 1 and the samples of every problem.
     """
     total = own + others.sum(axis=1) + silent
@@ -81,13 +81,18 @@ def majority_shares(
     others = -np.sort(-others, axis=1)
     keys, inverse = np.unique(np.column_stack([own, silent, others]), axis=0, return_inverse=True)
     own, silent, others = keys[:, 0], keys[:, 1], keys[:, 2:]
-    largest = max(ks)
-    work = largest * (np.minimum(np.minimum(own[:, None], others), largest).astype(float) ** 2).sum(axis=1)
-    exact = (keys.sum(axis=1) <= _EXACT_SAMPLES) & (work <= _EXACT_WORK)
+    sizes = np.array(ks)[None, :]
+    rivals = np.minimum(own[:, None], others)[:, :, None]
+    work = sizes * (np.minimum(rivals, sizes[:, None, :]).astype(float) ** 2).sum(axis=1)
+    exact = (keys.sum(axis=1) <= _EXACT_SAMPLES)[:, None] & (work <= _EXACT_WORK)
     shares = np.empty((len(keys), len(ks)))
-    shares[exact] = _exact_shares(own[exact], others[exact], silent[exact], ks)
-    for row in np.flatnonzero(~exact):
-        shares[row] = _drawn_shares(keys[row], ks, np.random.default_rng([seed, int(row)]), resamples)
+    for able in np.unique(exact, axis=0):
+        rows = np.flatnonzero((exact == able).all(axis=1))
+        near, far = (np.array(ks)[which].tolist() for which in (able, ~able))
+        if near:
+            shares[np.ix_(rows, able)] = _exact_shares(own[rows], others[rows], silent[rows], near)
+        for row in rows if far else ():
+            shares[row, ~able] = _drawn_shares(keys[row], far, np.random.default_rng([seed, int(row)]), resamples)
     return shares[inverse.ravel()]
 
 
