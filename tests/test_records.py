@@ -3,8 +3,10 @@ import math
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -229,3 +231,15 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     assert "another thinkfast is working here" in refused.stderr
     allowed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert allowed.stdout == "in\n"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """Nor is a device: root could replace /dev/null for everybody."""
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_json(pipe, {"a": 1})
+    reader.join(60)
+    assert json.loads(read[0]) == {"a": 1}
+    assert stat.S_ISFIFO(pipe.stat().st_mode)

@@ -32,7 +32,13 @@ class Failed(Exception):
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` atomically: a reader sees the old file or the whole new one. OSErrors name `path`."""
+    """Writes `data` to `path` atomically: a reader sees the old file or the whole new one. OSErrors name `path`.
+
+    A device or a pipe is written to; a file in its place would take it from everybody.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

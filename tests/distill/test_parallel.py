@@ -124,6 +124,7 @@ def test_two_processes_are_one_and_a_killed_run_goes_on_with_one_or_three(place,
     resumed = launch(3, arguments(place, tmp_path / "two"))
     told, _ = resumed.communicate()
     assert resumed.returncode == 0, told
+    assert Path(os.devnull).is_char_device()
     assert main(arguments(place, tmp_path / "alone")) == 0
     for name in ("two", "alone"):
         after = rows(tmp_path / name)

@@ -238,7 +238,8 @@ def train(task: Task, settings: TrainSettings, out_dir: Path, watch: Watch = SIL
     )
     if team.rank:
         metrics_path = Path(os.devnull)
-    _drop_rows(metrics_path, task.stage, run.counters.step)
+    else:
+        _drop_rows(metrics_path, task.stage, run.counters.step)
     stream = task.source(run.counters.cursor)
     mark, before = time.monotonic(), run.counters.seconds
     with metrics_path.open("a", encoding="utf-8") as metrics:
