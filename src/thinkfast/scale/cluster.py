@@ -137,8 +137,10 @@ def _dispatch(
     idle, deaths = list(actors), 0
     while True:
         while idle and left and time.time() - origin < deadline:
-            # The last portions are small, so that the workers end together.
-            size = min(portion, max(1, len(left) // (2 * len(actors))), len(left))
+            # The last portions are small, so that the workers end together, but not smaller than all slots: a batch of
+            # few samples takes about as long as a full one.
+            shared = min(portion // ROUNDS_A_PORTION, -(-len(left) // len(actors)))
+            size = min(portion, max(shared, len(left) // (2 * len(actors))))
             pairs: list[Pair] = []
             while left and len(pairs) < size:
                 pair = left.popleft()
