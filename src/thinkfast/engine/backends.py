@@ -23,7 +23,7 @@ from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape
 from thinkfast.ops.triton import runs, usable
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
-AHEAD, IDLE = 8, 32  # steps of the native kernels in a row
+AHEAD, IDLE = 16, 32  # steps of the native kernels in a row
 BACKENDS = ("auto", "native", "triton", "torch")
 Drawn = tuple[NDArray[np.int32], NDArray[np.float64]]
 
