@@ -9,8 +9,8 @@ turns; meanwhile a few others misbehave: they vanish, send malformed or huge bod
 while the server is idle, the bare engine (`Engine.stream`) draws from the same 64 prompts with the same slots; both
 feed a prompt once and keep its state. `share_of_bare` is the median over the short turns, each against the mean of the
 bare engine just before and just after it: a machine's pace changes within minutes. Turns in which the host kept a
-twentieth of the cores or more for itself are told and not counted, unless fewer than three are left. In the end comes SIGTERM in the
-middle of the work.
+twentieth of the cores or more for itself are told and not counted, unless fewer than three are left. In the end comes
+SIGTERM in the middle of the work.
 
 Clients, server and bare engine have the same cores. Nothing is subtracted for the clients: `cpu_seconds` says what they
 took, `stolen_seconds` what the host kept of the cores. A token counts for `tokens_per_second` where it was decoded and
