@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinkfast.errors import BadInput
+from thinkfast.scale import estimate
 from thinkfast.scale.estimate import (
     bootstrap_weights,
     majority_at_k,
@@ -108,6 +109,36 @@ def test_subsets_are_drawn_where_exactness_is_too_dear():
     np.testing.assert_allclose(shares[0], [two_class_share(700, 800, k) for k in ks], atol=0.012)
     np.testing.assert_array_equal(shares, majority_shares(*arguments, seed=1, resamples=20_000))
     assert (shares != majority_shares(*arguments, seed=2, resamples=20_000)).any()
+
+
+@given(
+    own=st.integers(0, 60),
+    others=st.lists(st.integers(0, 60), max_size=4),
+    silent=st.integers(0, 40),
+    sizes=st.sets(st.integers(1, 160), min_size=1, max_size=4),
+)
+def test_what_is_called_sure_is_so_to_its_last_digit(own, others, silent, sizes):
+    """With a bound of 1e-4, which these few samples reach, against the exact shares."""
+    total = own + sum(others) + silent
+    ks = [k for k in sorted(sizes) if k <= total]
+    if not ks:
+        return
+    votes = np.array([others], dtype=np.int64).reshape(1, len(others))
+    exact = estimate.majority_shares(np.array([own]), votes, np.array([silent]), ks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "_SURE", 1e-4)
+        shares, sure = estimate._sure_shares(np.array([own]), votes, np.array([total]), np.array([ks]))
+    assert np.all(np.abs(shares - exact)[sure] <= 1e-4)
+
+
+def test_large_samples_have_sure_shares_and_exact_ones():
+    shares, sure = estimate._sure_shares(
+        np.array([700, 100]), np.array([[200], [700]]), np.array([1000] * 2), np.array([[512]])
+    )
+    assert sure.all()
+    assert shares.tolist() == [[1.0], [0.0]]
+    exact = estimate.majority_shares(np.array([700, 100]), np.array([[200], [700]]), np.array([100, 200]), [512])
+    assert np.allclose(exact, shares, atol=1e-9, rtol=0)
 
 
 def test_drawn_subsets_split_ties_and_ignore_silent_samples():

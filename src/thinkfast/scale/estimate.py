@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _EXACT_SAMPLES = 1000  # binomials scaled by 2^-n leave float64 beyond this
+_SURE = 1e-9
 _EXACT_WORK = 1e6  # multiplications a problem and k above which drawing subsets is cheaper
 _BLOCK = 2**15  # float64 values in one intermediate array: it stays in the cache
 
@@ -85,15 +86,31 @@ def majority_shares(
     rivals = np.minimum(own[:, None], others)[:, :, None]
     work = sizes * (np.minimum(rivals, sizes[:, None, :]).astype(float) ** 2).sum(axis=1)
     exact = (keys.sum(axis=1) <= _EXACT_SAMPLES)[:, None] & (work <= _EXACT_WORK)
-    shares = np.empty((len(keys), len(ks)))
+    shares, sure = _sure_shares(own, others, keys.sum(axis=1), sizes)
     for able in np.unique(exact, axis=0):
         rows = np.flatnonzero((exact == able).all(axis=1))
-        near, far = (np.array(ks)[which].tolist() for which in (able, ~able))
+        near = np.array(ks)[able].tolist()
         if near:
             shares[np.ix_(rows, able)] = _exact_shares(own[rows], others[rows], silent[rows], near)
-        for row in rows if far else ():
-            shares[row, ~able] = _drawn_shares(keys[row], far, np.random.default_rng([seed, int(row)]), resamples)
+        for row in rows:
+            left = ~(able | sure[row])
+            if left.any():
+                rng, far = np.random.default_rng([seed, int(row)]), np.array(ks)[left].tolist()
+                shares[row, left] = _drawn_shares(keys[row], far, rng, resamples)
     return shares[inverse.ravel()]
+
+
+def _sure_shares(own: Ints, others: Ints, total: Ints, sizes: Ints) -> tuple[Floats, NDArray[np.bool_]]:
+    """1 where the class in question leads all others by so much, and 0 where another leads it by so much, that the
+    chance of anything else is below `_SURE`; and where that is so. Shapes (P, len(ks)).
+
+    A vote for one class and against another, or against nobody, lies in [-1, 1], so the chance that k of n without
+    replacement turn a mean lead of m is at most exp(-k m^2 / 2 / (1 - (k - 1) / n)) (Serfling, Annals of Statistics 2,
+    1974, corollary 1.1).
+    """
+    lead = (own - others.max(axis=1, initial=0))[:, None] / total[:, None]
+    chance = np.exp(-sizes * lead**2 / 2 / (1 - (sizes - 1) / total[:, None]))
+    return (lead > 0).astype(float) * np.ones(sizes.shape), (others.shape[1] + 1) * chance < _SURE
 
 
 def _exact_shares(own: Ints, others: Ints, silent: Ints, ks: Sequence[int]) -> Floats:
