@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkfast.engine.backends import AHEAD, NativeBackend, NativeMemory
+from thinkfast.engine.backends import AHEAD, FEW, NativeBackend, NativeMemory
 from thinkfast.engine.engine import Engine
 from thinkfast.engine.sampling import NOT_DRAWN, SamplingParams, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.model.decoder import Decoder
 
 VOCAB, ROWS = 6, 4
+LONG = 200
 EOS = 5
 
 
@@ -60,11 +61,12 @@ def test_steps_taken_together_leave_what_single_steps_leave(
 
 def native(model: Decoder, rows: int) -> tuple[NativeMemory, SlotTable]:
     memory = NativeBackend(model, "float32").memory(rows, 100)
-    table = SlotTable(rows, SamplingParams(max_tokens=20, temperature=1.3), model.config.vocab_size, (EOS,))
+    table = SlotTable(rows, SamplingParams(max_tokens=LONG + 20, temperature=1.3), model.config.vocab_size, (EOS,))
     for slot in range(rows):
         prompt = [1 + slot % 7] * (1 + slot % 5)
         memory.fork(memory.prefill([prompt[:-1]])[0], slot)
         table.admit(slot, (0, slot), prompt[-1], len(prompt) - 1, sample_key(3, slot), 0.0)
+    table.count[:] = LONG  # as in the middle of a chain
     return memory, table
 
 
@@ -93,7 +95,7 @@ def test_the_kernels_draw_in_a_row_what_they_draw_one_by_one(
 
 def test_a_row_has_room_for_so_many_tokens(make_model: Callable[..., Decoder]) -> None:
     memory, table = native(make_model("hybrid"), 3)
-    table.count[:] = 17, 19, 0
+    table.count[:] = LONG + 17, LONG + 19, LONG
     tokens, _ = memory.run_ahead(table, np.arange(3, dtype=np.int32), math.inf)
     assert ((tokens != NOT_DRAWN).sum(axis=0) <= [3, 1, AHEAD]).all()
 
@@ -140,3 +142,13 @@ def test_streams_do_not_depend_on_the_length_of_a_row_of_steps(
         samples = Engine(make_model("hybrid"), 5).sample([[1, 2], [4, 4, 4]], 9, params)
         drawn[ahead] = [[(s.token_ids, s.finish_reason, s.logprob_sum) for s in row] for row in samples]
     assert drawn[1] == drawn[3] == drawn[AHEAD]
+
+
+def test_chains_that_have_been_short_so_far_are_looked_at_often(make_model: Callable[..., Decoder]) -> None:
+    """Any token may be their last, and their slots are wanted; unless they run on."""
+    memory, table = native(make_model("hybrid"), 3)
+    table.count[:] = 2
+    every = np.arange(3, dtype=np.int32)
+    assert len(memory.run_ahead(table, every, 0.0)[0]) == FEW
+    table.admit(0, (0, 0), 1, 0, 7, 0.0, SamplingParams(max_tokens=200, ignore_eos=True))
+    assert len(memory.run_ahead(table, every[:1], 0.0)[0]) == AHEAD

@@ -86,8 +86,14 @@ class Stage:
         self.inbox: queue.SimpleQueue[tuple[int, Event, float, int]] = queue.SimpleQueue()
 
     def start(self, requests: list[Request], tell: Callable[[Event], None] = lambda event: None) -> list[object]:
-        cue = threading.Event()
-        self.live.command(lambda: cue.wait(60))
+        waiting, cue = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            waiting.set()
+            cue.wait(60)
+
+        self.live.command(wait)
+        assert waiting.wait(60), "from here on all commands are obeyed together"
         tickets = []
         for number, request in enumerate(requests):
 

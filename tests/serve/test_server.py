@@ -67,7 +67,8 @@ def test_streamed_is_what_is_not_streamed(client: openai.OpenAI) -> None:
     assert usage == whole.usage
 
 
-def test_a_long_answer_comes_in_many_chunks(client: openai.OpenAI) -> None:
+def test_a_long_answer_comes_in_many_chunks(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thinkfast.engine.live.FLUSH_SECONDS", 0.0)  # however fast the tokens are drawn
     stream = client.chat.completions.create(model="rambler", messages=ASK, max_tokens=600, stream=True)
     texts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert "".join(texts) == "Notes" * 600

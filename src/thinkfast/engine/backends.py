@@ -24,6 +24,7 @@ from thinkfast.ops.triton import runs, usable
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
 AHEAD, IDLE = 16, 32  # steps of the native kernels in a row
+FEW, SHORT = 4, 8
 BACKENDS = ("auto", "native", "triton", "torch")
 Drawn = tuple[NDArray[np.int32], NDArray[np.float64]]
 
@@ -176,8 +177,11 @@ class NativeMemory:
 
     def run_ahead(self, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> Drawn:
         """At most AHEAD steps: so many that at most 1 / IDLE of them fall behind the known ends of rows, whose slots
-        somebody may wait for. The kernels themselves look at the clock."""
+        somebody may wait for; and few where chains have been short so far, since any token may be their last. The
+        kernels themselves look at the clock."""
         room, steps = table.room(rows), AHEAD
+        if table.ends(rows).any():
+            steps = min(AHEAD, max(FEW, int(table.count[rows].mean()) // SHORT))
         while steps > 1 and IDLE * np.maximum(steps - room, 0).sum() > steps * len(rows):
             steps -= 1
         return self._burst(table, rows, steps, seconds, None)
