@@ -1,8 +1,6 @@
-"""Several documents in one row: outputs and gradients are those of the documents alone, and no document sees another."""
+"""Several documents in one row: outputs and gradients are those of the documents alone, none sees another."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +17,14 @@ PATHS = ("plain", "kernels")
 
 
 @pytest.fixture(params=PATHS)
-def path(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def path(request, monkeypatch: pytest.MonkeyPatch) -> str:
     """Plain torch, or the kernels for training, also for few rows."""
     if request.param == "kernels":
         build("train")
         monkeypatch.setattr(training, "MIN_ROWS", 1)
     else:
         monkeypatch.setattr(training, "usable", lambda *_: False)
-    yield request.param
+    return str(request.param)
 
 
 def model_of(kind: str, groups: int = 2) -> Decoder:

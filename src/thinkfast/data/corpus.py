@@ -13,8 +13,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,15 @@ class Cursor:
 class Batch:
     """Documents padded on the right with id 0; lengths (B,) counts real tokens.
 
-    input_ids (B, L) int64; completion (B, L) bool is true exactly where a token belongs to a completion.
+    input_ids (B, L) int64; completion (B, L) bool is true exactly where a token belongs to a completion. With `bounds`
+    (documents + 1,), int64 on the CPU, from 0 to L, there is one row and each document in it is to be read alone; none
+    of them has anything to learn in its first token.
     """
 
     input_ids: Tensor
     completion: Tensor
     lengths: Tensor
+    bounds: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,7 +61,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.completion.to(device), self.lengths.to(device))
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            completion=self.completion.to(device),
+            lengths=self.lengths.to(device),
+        )
 
 
 def write_corpus(
@@ -249,6 +258,13 @@ class Corpus:
         lengths = torch.full((len(rows),), length)
         return Batch(torch.from_numpy(ids), torch.from_numpy(completion), lengths)
 
+    def pack(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """The documents `indices` one behind another in one row, each to be read alone."""
+        bounds = torch.from_numpy(np.cumsum([0, *self.lengths[indices]]))
+        joined = self.stream(indices, range(1), int(bounds[-1]))
+        joined.completion[0, bounds[:-1]] = False
+        return replace(joined, bounds=bounds)
+
     def _completion(self, index: int) -> npt.NDArray[np.bool_]:
         """Which tokens of a document belong to a completion."""
         mask: npt.NDArray[np.bool_] = np.arange(self.lengths[index]) >= self.prompt_lengths[index]
@@ -282,47 +298,56 @@ def epoch_batches(
     return [groups[i] for i in random.permutation(len(groups))]
 
 
+def packed_batches(
+    lengths: npt.NDArray[np.int64], seed: int, epoch: int, batch_tokens: int
+) -> list[npt.NDArray[np.int64]]:
+    """As `epoch_batches`, for documents without padding between them: in any order, as many as fit."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    cuts, filled = [], 0
+    for place, length in enumerate(lengths[order].tolist()):
+        filled += length
+        if place and filled > batch_tokens:
+            cuts.append(place)
+            filled = length
+    return np.split(order, cuts)
+
+
 def batches(
-    corpus: Corpus, cursor: Cursor, batch_tokens: int, row_tokens: int | None = None
+    corpus: Corpus, cursor: Cursor, batch_tokens: int, row_tokens: int | None = None, packed: bool = False
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Endless batches from `cursor` on, each with the cursor that follows it.
 
-    Without `row_tokens` every document has a row of its own, so that neither attention nor convolution nor state sees
-    another one: what cross-entropy on isolated documents asks for. With it an epoch's documents, shuffled, are cut into
-    rows of that many tokens; a row begins anywhere and reads across documents. Where teacher and student read the same
-    row that is sound, and nothing is padding; a last part shorter than a row is left out.
+    Without `row_tokens` neither attention nor convolution nor state of a document sees another one, which is what
+    cross-entropy on isolated documents asks for: each has a row of its own, or where they are `packed` they share one
+    that says where each begins. With `row_tokens` an epoch's documents, shuffled, are cut into rows of that many
+    tokens; a row begins anywhere and reads across documents. Where teacher and student read the same row that is
+    sound, and nothing is padding; a last part shorter than a row is left out.
 
-    The n-th batch is a function of (corpus, seed, epoch, position, batch_tokens, row_tokens) alone, whatever the number
-    of processes, so that a run goes on exactly where it stopped. Raises BadInput when the cursor points behind its
-    epoch, and when the corpus does not fill one row.
+    The n-th batch is a function of all that is given but the number of processes, so that a run goes on exactly where
+    it stopped. Raises BadInput when the cursor points behind its epoch, and when the corpus does not fill one row.
     """
+    if row_tokens is not None and corpus.tokens < row_tokens:
+        raise BadInput(f"{corpus.path}: {corpus.tokens} tokens, fewer than a row of {row_tokens}")
+    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
+    while True:
+        makers = _epoch(corpus, seed, epoch, batch_tokens, row_tokens, packed)
+        if position >= len(makers):
+            raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {len(makers)} batches")
+        for place in range(position, len(makers)):
+            last = place + 1 == len(makers)
+            yield makers[place](), Cursor(seed, epoch + 1, 0) if last else Cursor(seed, epoch, place + 1)
+        epoch, position = epoch + 1, 0
+
+
+def _epoch(
+    corpus: Corpus, seed: int, epoch: int, batch_tokens: int, row_tokens: int | None, packed: bool
+) -> list[Callable[[], Batch]]:
+    """What makes each batch of an epoch."""
     if row_tokens is not None:
-        yield from _concatenated(corpus, cursor, max(1, batch_tokens // row_tokens), row_tokens)
-        return
-    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
-    while True:
-        groups = epoch_batches(corpus.lengths, seed, epoch, batch_tokens)
-        if position >= len(groups):
-            raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {len(groups)} batches")
-        for place in range(position, len(groups)):
-            last = place + 1 == len(groups)
-            following = Cursor(seed, epoch + 1, 0) if last else Cursor(seed, epoch, place + 1)
-            yield corpus.collate(groups[place]), following
-        epoch, position = epoch + 1, 0
-
-
-def _concatenated(corpus: Corpus, cursor: Cursor, rows: int, length: int) -> Iterator[tuple[Batch, Cursor]]:
-    """The batches of `rows` rows of `length` tokens, see `batches`."""
-    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
-    full = corpus.tokens // length
-    if not full:
-        raise BadInput(f"{corpus.path}: {corpus.tokens} tokens, fewer than a row of {length}")
-    count = -(-full // rows)
-    if position >= count:
-        raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {count} batches")
-    while True:
         order = np.random.default_rng([seed, epoch]).permutation(len(corpus))
-        for place in range(position, count):
-            following = Cursor(seed, epoch + 1, 0) if place + 1 == count else Cursor(seed, epoch, place + 1)
-            yield corpus.stream(order, range(place * rows, min((place + 1) * rows, full)), length), following
-        epoch, position = epoch + 1, 0
+        rows, full = max(1, batch_tokens // row_tokens), corpus.tokens // row_tokens
+        starts = range(0, full, rows)
+        return [partial(corpus.stream, order, range(at, min(at + rows, full)), row_tokens) for at in starts]
+    if packed:
+        return [partial(corpus.pack, group) for group in packed_batches(corpus.lengths, seed, epoch, batch_tokens)]
+    return [partial(corpus.collate, group) for group in epoch_batches(corpus.lengths, seed, epoch, batch_tokens)]
