@@ -168,7 +168,11 @@ def test_a_round_holds_the_students_answers_to_prompts_of_the_corpus(tiny_teache
 
 
 def test_fine_tuning_reads_whole_documents_each_alone(tiny_teacher: Path, tmp_path: Path) -> None:
-    given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["sft"]}], sft={**SHORT, "tokens": 500, "batch_tokens": 1000})
+    given = recipe(
+        tiny_teacher,
+        student=[{"name": "student", "stages": ["sft"]}],
+        sft={**SHORT, "tokens": 500, "batch_tokens": 1000},
+    )
     directory = student_of(given, tmp_path)
     (row, *_) = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     corpus = Corpus(tmp_path / "corpus")

@@ -9,10 +9,8 @@ tokenizer's fingerprint), which is written last: a directory without it is not a
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
 import json
-import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,10 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from thinkfast import records
+from thinkfast.data import writer
 from thinkfast.errors import BadInput
 
-FORMAT = 1
 LENGTH_BUCKET = 16
 
 
@@ -79,71 +76,13 @@ def write_corpus(
     """Writes documents of (prompt ids, completion ids, prompt ids, completion ids, ...) as a directory and opens it.
 
     Completions should end with the end-of-sequence id where the model is to learn to stop. `sources` is noted in
-    corpus.json, after the last document was taken. Raises BadInput when an id does not fit the vocabulary, and when
-    there is no completion token at all.
+    corpus.json. What was begun there before is written anew; `writer.write_documents` goes on with it. Raises BadInput
+    when an id does not fit the vocabulary, and when there is no completion token at all.
     """
-    root = Path(path)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "corpus.json").unlink(missing_ok=True)
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    digest = hashlib.sha256()
-    rows: list[tuple[int, int]] = []
-    gaps: list[tuple[int, int, int]] = []
-    total = completion_tokens = 0
-    partial = root / ".tokens.bin.tmp"
-    try:
-        with partial.open("wb") as out:
-            for document in documents:
-                ids = np.asarray([token for stretch in document for token in stretch], dtype=np.int64)
-                if not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
-                    raise BadInput(f"{root}: document {len(rows)} is empty or has an id outside 0..{vocab_size - 1}")
-                data = ids.astype(dtype).tobytes()
-                digest.update(data)
-                out.write(data)
-                ends = np.cumsum([len(stretch) for stretch in document]).tolist()
-                gaps += [(len(rows), ends[at - 1], ends[at]) for at in range(2, len(ends), 2)]
-                rows.append((total, len(document[0])))
-                total += len(ids)
-                completion_tokens += sum(map(len, document[1::2]))
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(root / "tokens.bin")
-    finally:
-        partial.unlink(missing_ok=True)
-    index = np.asarray([*rows, (total, 0)], dtype=np.int64)
-    digest.update(index.tobytes())
-    _check_counts(root, len(rows), completion_tokens)
-    _write_array(root / "index.npy", index)
-    if gaps:
-        digest.update(np.asarray(gaps, dtype=np.int64).tobytes())
-        _write_array(root / "gaps.npy", np.asarray(gaps, dtype=np.int64))
-    description = {
-        "format": FORMAT,
-        "documents": len(rows),
-        "tokens": total,
-        "completion_tokens": completion_tokens,
-        "dtype": dtype.str,
-        "vocab_size": vocab_size,
-        "tokenizer": fingerprint,
-        "sha256": digest.hexdigest(),
-        "gaps": len(gaps),
-        "sources": [dict(source) for source in sources],
-    }
-    records.write_json(root / "corpus.json", description)
+    root, noted = Path(path), [dict(source) for source in sources]
+    shutil.rmtree(root / writer.PART, ignore_errors=True)
+    writer.write_documents(root, lambda _: documents, fingerprint, vocab_size, noted)
     return Corpus(root)
-
-
-def _write_array(path: Path, array: npt.NDArray[np.int64]) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    records.write_bytes(path, buffer.getvalue())
-
-
-def _check_counts(root: Path, documents: int, completion_tokens: int) -> None:
-    if not documents:
-        raise BadInput(f"{root}: the corpus holds no document")
-    if not completion_tokens:
-        raise BadInput(f"{root}: no document has a completion token, so there is nothing to learn from")
 
 
 class Corpus:
@@ -161,18 +100,18 @@ class Corpus:
             dtype = np.dtype(description["dtype"])
             documents, tokens = int(description["documents"]), int(description["tokens"])
             completion_tokens, gaps = int(description["completion_tokens"]), int(description.get("gaps", 0))
-            known = description["format"] == FORMAT
+            known = description["format"] == writer.FORMAT
         except FileNotFoundError:
             raise BadInput(f"{described}: not found; the corpus is missing or was not written to its end") from None
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{described}: not a corpus description ({type(error).__name__}: {error})") from None
         if not known:
-            raise BadInput(f"{described}: format is {description['format']!r}, expected {FORMAT}")
+            raise BadInput(f"{described}: format is {description['format']!r}, expected {writer.FORMAT}")
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise BadInput(
                 f"{described}: tokenizer is {self.fingerprint}, expected {fingerprint}; tokenise the data again"
             )
-        _check_counts(self.path, documents, completion_tokens)
+        writer.check_counts(self.path, documents, completion_tokens)
         try:
             index = np.load(self.path / "index.npy")
             self._gaps: npt.NDArray[np.int64] = (
@@ -215,7 +154,7 @@ class Corpus:
         first, last = np.searchsorted(self._gaps[:, 0], (start, stop))
         part._gaps = self._gaps[first:last] - np.asarray([start, 0, 0])
         learnt = part.lengths.sum() - part.prompt_lengths.sum() - (part._gaps[:, 2] - part._gaps[:, 1]).sum()
-        _check_counts(self.path, len(part), int(learnt))
+        writer.check_counts(self.path, len(part), int(learnt))
         return part
 
     def document(self, index: int) -> tuple[list[int], list[int]]:
