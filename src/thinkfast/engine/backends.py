@@ -65,11 +65,10 @@ class Ahead(Protocol):
 
 def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> list[Finished]:
     """One step of the slots in `rows`, or several at once where the memory can: what they end."""
+    if isinstance(memory, NativeMemory) and not table.stops:
+        return settle(table, rows, *memory.run_ahead(table, rows, seconds))
     if isinstance(memory, Ahead):
-        drawn = memory.run_ahead(table, rows, seconds)
-        if isinstance(memory, NativeMemory) and not table.stops:
-            return settle(table, rows, *drawn)
-        return table.advance_all(rows, *drawn)
+        return table.advance_all(rows, *memory.run_ahead(table, rows, seconds))
     return table.advance(rows, *memory.step(table, rows))
 
 

@@ -43,6 +43,7 @@ MAMBA_TENSORS = (
     "mlp.up_proj.weight",
     "mlp.down_proj.weight",
 )
+BRIEF = ("tf_collect", "tf_resume", "tf_clear", "tf_sizes")
 MAX_TAPS = 64
 PAGE_TOKENS = 32
 COLUMNS = tuple(map(np.dtype, (np.int32, np.int32, np.int32, np.uint64, np.int64)))  # of a step
@@ -68,7 +69,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernels. Raises BuildError where they cannot be compiled or loaded."""
     path = build()
     try:
-        lib = ctypes.CDLL(str(path))
+        lib, brief = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
     except OSError as error:
         raise BuildError(f"cannot load {path}: {error}") from error
     pointer, i32, i64, f64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
@@ -88,8 +89,10 @@ def library() -> ctypes.CDLL:
         "tf_sizes": (None, [pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(lib, name)
+        # What takes microseconds keeps Python's lock: to get it back behind another thread can take far longer.
+        function = getattr(brief if name in BRIEF else lib, name)
         function.restype, function.argtypes = result, arguments
+        setattr(lib, name, function)
     return lib
 
 
