@@ -19,7 +19,7 @@ from thinkfast.model.config import ATTENTION, MAMBA2
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import rope_frequencies
 from thinkfast.ops.cpu.build import BuildError
-from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape, collect
+from thinkfast.ops.cpu.native import NativeKept, NativeModel, NativePool, Shape
 from thinkfast.ops.triton import runs, usable
 
 KV_DTYPES = ("auto", "float32", "bfloat16")
@@ -66,7 +66,7 @@ class Ahead(Protocol):
 def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> list[Finished]:
     """One step of the slots in `rows`, or several at once where the memory can: what they end."""
     if isinstance(memory, NativeMemory) and not table.stops:
-        return settle(table, rows, *memory.run_ahead(table, rows, seconds))
+        return memory.settle(table, rows, *memory.run_ahead(table, rows, seconds))
     if isinstance(memory, Ahead):
         return table.advance_all(rows, *memory.run_ahead(table, rows, seconds))
     return table.advance(rows, *memory.step(table, rows))
@@ -204,18 +204,17 @@ class NativeMemory:
         limits = (table.room(rows), table.ends(rows), table.eos)
         return self._pool.burst(rows, *columns, steps, *limits, seconds, self._interrupted, logits)
 
-
-def settle(
-    table: SlotTable, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
-) -> list[Finished]:
-    """`SlotTable.advance_all` in the native kernels, where there are no stop sequences."""
-    columns = (table.count, table.token, table.position, table.logprob)
-    limits = (table.ends(rows), table.eos, table.limit)
-    reasons = collect(rows, tokens, logprobs, *limits, columns, table.history, table.history_logprob)
-    finished = [Finished(int(rows[at]), ENDS[reasons[at]]) for at in np.flatnonzero(reasons)]
-    for done in finished:
-        table.active[done.slot] = False
-    return finished
+    def settle(
+        self, table: SlotTable, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
+    ) -> list[Finished]:
+        """`SlotTable.advance_all` in the kernels, where there are no stop sequences."""
+        columns = (table.count, table.token, table.position, table.logprob)
+        limits = (table.ends(rows), table.eos, table.limit)
+        reasons = self._pool.collect(rows, tokens, logprobs, *limits, columns, table.history, table.history_logprob)
+        finished = [Finished(int(rows[at]), ENDS[reasons[at]]) for at in np.flatnonzero(reasons)]
+        for done in finished:
+            table.active[done.slot] = False
+        return finished
 
 
 class TorchBackend:

@@ -217,7 +217,8 @@ class LiveEngine:
         self._admit()
         rows = np.flatnonzero(self._table.active).astype(np.int32)
         if not len(rows):
-            return self._tell()
+            self._tell()
+            return
         logits, before = None, self._table.position[rows]
         if any(t.request.alternatives for t in self._live):
             logits = np.empty((len(rows), self._vocab), np.float32)

@@ -96,31 +96,6 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def collect(
-    slots: NDArray[np.int32],
-    tokens: NDArray[np.int32],
-    logprobs: NDArray[np.float64],
-    ends: NDArray[np.bool_],
-    eos: NDArray[np.bool_],
-    limits: NDArray[np.int64],
-    columns: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]],
-    history: NDArray[np.int32],
-    scores: NDArray[np.float64],
-) -> NDArray[np.int8]:
-    """Puts down in place what `NativePool.burst` has drawn, until each sample's end; returns why each has ended (n).
-
-    By slot: limits (tokens at most), columns (counts, last tokens, positions, sums of log-probabilities), history and
-    scores (slots, width). Where ends[i] a token that `eos` marks ends a sample and is not counted. 0: goes on, 1: that,
-    2: logits that were not finite, 3: its limit.
-    """
-    steps, n = tokens.shape
-    reasons = np.empty(n, np.int8)
-    given = [_address(array) for array in (slots, tokens, logprobs, ends, eos, limits)]
-    kept = [_address(array) for array in (*columns, history, scores, reasons)]
-    library().tf_collect(n, steps, *given, history.shape[1], *kept)
-    return reasons
-
-
 def _address(array: NDArray[Any]) -> int:
     """`array.ctypes.data` at a third of its time, which counts in a step of a small model."""
     address: int = array.__array_interface__["data"][0]
@@ -265,6 +240,31 @@ class NativePool:
         found = [_address(out), _address(logprobs), None if logits is None else _address(logits)]
         self._check(self._lib.tf_step(self._handle, count, *given, steps, *limits, seconds, flag, *found))
         return out, logprobs
+
+    def collect(
+        self,
+        slots: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        logprobs: NDArray[np.float64],
+        ends: NDArray[np.bool_],
+        eos: NDArray[np.bool_],
+        limits: NDArray[np.int64],
+        columns: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]],
+        history: NDArray[np.int32],
+        scores: NDArray[np.float64],
+    ) -> NDArray[np.int8]:
+        """Puts down in place what `burst` has drawn, until each sample's end; returns why each has ended (n).
+
+        By slot: limits (tokens at most), columns (counts, last tokens, positions, sums of log-probabilities), history
+        and scores (slots, width). Where ends[i] a token that `eos` marks ends a sample and is not counted. 0: goes on,
+        1: that, 2: logits that were not finite, 3: its limit.
+        """
+        steps, n = tokens.shape
+        reasons = np.empty(n, np.int8)
+        given = [_address(array) for array in (slots, tokens, logprobs, ends, eos, limits)]
+        kept = [_address(array) for array in (*columns, history, scores, reasons)]
+        self._lib.tf_collect(n, steps, *given, history.shape[1], *kept)
+        return reasons
 
     def prefill(
         self, slots: Sequence[int], prompts: Sequence[Sequence[int]], starts: Sequence[int] | None = None
