@@ -205,7 +205,7 @@ def test_an_unknown_method_is_refused(tiny_teacher: Path, tmp_path: Path) -> Non
 
 
 def test_tensorboard_gets_every_row(tiny_teacher: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the extra 'track' (tensorboard) is not installed")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: the extra dev, with `make test`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["distill"]}])
