@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -277,12 +278,16 @@ class LiveEngine:
             return
         now = time.monotonic()
         share = max(1, self.slots // max(1, len(self._live)))
-        waiting = [ticket for ticket in ready if ticket.unstarted(now, self._pace)]
-        while free and waiting:
-            ticket = min(waiting, key=lambda t: _turn_of(t, share))
-            self._start(ticket, free.pop(), now)
-            if not ticket.unstarted(now, self._pace):
-                waiting.remove(ticket)
+        if free:
+            waiting = [(_turn_of(t, share), at) for at, t in enumerate(ready) if t.unstarted(now, self._pace)]
+            heapify(waiting)
+            while free and waiting:
+                at = waiting[0][1]
+                self._start(ready[at], free.pop(), now)
+                if ready[at].unstarted(now, self._pace):
+                    heapreplace(waiting, (_turn_of(ready[at], share), at))
+                else:
+                    heappop(waiting)
         for ticket in sorted(new, key=lambda t: t.deadline):
             ticket.new = False
             while len(ticket.running) < share and ticket.unstarted(now, self._pace):
