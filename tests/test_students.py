@@ -1,6 +1,7 @@
 """Every stage of a recipe on a tiny teacher: in any order, resumable, and what each leaves on disk."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 
 from thinkfast import progress, records, students
-from thinkfast.data.corpus import Corpus, Cursor
+from thinkfast.data.corpus import Corpus, Cursor, batches
 from thinkfast.errors import BadInput
 from thinkfast.model.checkpoint import load_model
 from thinkfast.ranking import rank_layers
 from thinkfast.recipe import Recipe, parse_recipe
 from thinkfast.sections import Watching
-from thinkfast.stages import Stages, make_corpus
+from thinkfast.stages import Stages, calibration_ids, make_corpus
+from thinkfast.student.convert import convert
+from thinkfast.student.plan import LayerPlan
 from thinkfast.students import make_base, make_student
 
 SHORT = {"tokens": 2000, "lr": 1e-3, "batch_tokens": 512, "save_every": 2}
@@ -164,6 +167,29 @@ def test_a_round_holds_the_students_answers_to_prompts_of_the_corpus(tiny_teache
     assert batch.input_ids.dtype == torch.int64
 
 
+def test_fine_tuning_reads_whole_documents_each_alone(tiny_teacher: Path, tmp_path: Path) -> None:
+    given = recipe(
+        tiny_teacher,
+        student=[{"name": "student", "stages": ["sft"]}],
+        sft={**SHORT, "tokens": 500, "batch_tokens": 1000},
+    )
+    directory = student_of(given, tmp_path)
+    (row, *_) = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    corpus = Corpus(tmp_path / "corpus")
+    training = corpus.slice(0, len(corpus) - 8)
+    batch, _ = next(batches(training, Cursor(0), 1000, packed=True))
+    student = convert(load_model(tiny_teacher), LayerPlan(()), calibration_ids(training), 0)
+    total, count = 0.0, 0
+    for start, end in pairwise(batch.bounds.tolist()):
+        ids, learnt = batch.input_ids[:, start:end], batch.completion[0, start:end]
+        with torch.no_grad():
+            found = torch.nn.functional.cross_entropy(student(ids)[0, :-1], ids[0, 1:], reduction="none")
+        total, count = total + float(found[learnt[1:]].sum()), count + int(learnt[1:].sum())
+    assert len(batch.bounds) > 3
+    assert row["tokens"] == batch.tokens
+    assert row["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
 def test_on_policy_answers_have_to_fit(tiny_teacher: Path, tmp_path: Path) -> None:
     given = recipe(tiny_teacher, on_policy={**SHORT, "max_tokens": 5000})
     corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
@@ -205,7 +231,7 @@ def test_an_unknown_method_is_refused(tiny_teacher: Path, tmp_path: Path) -> Non
 
 
 def test_tensorboard_gets_every_row(tiny_teacher: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the extra 'track' (tensorboard) is not installed")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: the extra dev, with `make test`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["distill"]}])
@@ -230,8 +256,11 @@ def test_without_tensorboard_there_is_one_line(tmp_path: Path, monkeypatch) -> N
 
 
 def test_weights_and_biases_gets_every_row(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: the extra dev, with `make test`")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    for kind in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / kind))
     logged: list[dict[str, object]] = []
     honest = wandb.Run.log
     monkeypatch.setattr(wandb.Run, "log", lambda run, row: (logged.append(row), honest(run, row))[1])

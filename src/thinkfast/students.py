@@ -162,6 +162,7 @@ def _train(
     watch: Watching,
 ) -> None:
     """Runs the stages in their order. One that is done is read from its state, so that a later one can go on."""
+    from thinkfast.data.corpus import batches
     from thinkfast.distill import track
     from thinkfast.distill.align import AlignLoss, align, orient
     from thinkfast.distill.losses import CROSS_ENTROPY, Loss
@@ -197,7 +198,11 @@ def _train(
                     loss = _loss(given.loss, given)
                     distill(teacher, model, training, how, directory, loss, None, seen, "on_policy", source, fixed)
                 else:
-                    distill(teacher, model, training, how, directory, Loss(CROSS_ENTROPY), None, seen, "sft")
+                    packed, hard = (
+                        partial(batches, training, batch_tokens=given.batch_tokens, packed=True),
+                        Loss(CROSS_ENTROPY),
+                    )
+                    distill(teacher, model, training, how, directory, hard, None, seen, "sft", packed, {"packed": 1})
             except Diverged as error:
                 raise records.Failed(f"{directory}: {error}; the model is that of the last saved state") from None
 

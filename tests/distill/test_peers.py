@@ -11,6 +11,9 @@
   -> tests/distill/test_peers.py::test_memory_grows_with_the_length
 * The convolution of one document reaches into the next
   -> tests/distill/test_peers.py::test_documents_of_a_batch_do_not_see_each_other
+  -> tests/distill/test_peers.py::test_a_packed_batch_teaches_what_its_documents_alone_do
+  -> tests/model/test_packing.py::test_a_packed_row_is_its_documents_alone
+  -> tests/data/test_leaks.py::test_packed_documents_do_not_know_each_other
 * Discrete Mamba-2: x divided by a decay near zero
   -> tests/model/test_mixers.py::test_extreme_decays_stay_finite_in_bfloat16
 * Clipping commented out; a batch lost at the start
@@ -50,6 +53,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,6 +109,29 @@ def test_documents_of_a_batch_do_not_see_each_other(teacher, kind):
         together = student(ids)
         for row in range(3):
             assert torch.allclose(student(ids[row : row + 1, :15]), together[row, :15], atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [Loss("cross_entropy"), Loss({"forward_kl": 1.0, "cross_entropy": 0.5})])
+@pytest.mark.parametrize("kind", list(MIXERS))
+def test_a_packed_batch_teaches_what_its_documents_alone_do(teacher, corpus, kind, loss):
+    student = convert(teacher, LayerPlan((1,), mixer=kind), seed=3)
+    batch, _ = next(batches(corpus, Cursor(0), 200, packed=True))
+    count = completion_count(batch)
+    value = batch_loss(loss, teacher, student, batch, count)
+    value.backward()
+    found = torch.cat([p.grad.flatten() for p in student.parameters()])
+    student.zero_grad()
+    total, counted = 0.0, 0
+    for start, end in pairwise(batch.bounds.tolist()):
+        alone = Batch(batch.input_ids[:, start:end], batch.completion[:, start:end], torch.tensor([end - start]))
+        part = batch_loss(loss, teacher, student, alone, count)
+        part.backward()
+        total, counted = total + float(part.detach()), counted + completion_count(alone)
+    wanted = torch.cat([p.grad.flatten() for p in student.parameters()])
+    assert len(batch.bounds) > 4
+    assert counted == count
+    assert float(value.detach()) == pytest.approx(total, rel=1e-5)
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_gradients_are_clipped_and_every_document_comes_once_an_epoch(teacher, student, corpus, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from thinkfast.recipe import SampleSettings
 from thinkfast.scale import cluster
 from thinkfast.scale.sample import sample_model
 
-pytest.importorskip("ray", reason="ray is not installed: pip install 'thinkfast[ray]'")
+pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]', then this file")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # ray's own warnings are not ours
 SETTINGS = SampleSettings(n=6, seconds=600.0, temperature=0.9, max_tokens=20, slots=(4,), seed=11)
 

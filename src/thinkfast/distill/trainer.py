@@ -208,8 +208,8 @@ def batch_loss(loss: Loss, teacher: Decoder, student: Decoder, batch: Batch, cou
     taught = None
     if loss.needs_teacher:
         with torch.no_grad():
-            taught = teacher.hidden(batch.input_ids)
-    learned, mask = student.hidden(batch.input_ids), prediction_mask(batch.completion)
+            taught = teacher.hidden(batch.input_ids, bounds=batch.bounds)
+    learned, mask = student.hidden(batch.input_ids, bounds=batch.bounds), prediction_mask(batch.completion)
     return chunked_loss(
         loss, learned, student.head_weight, taught, teacher.head_weight, batch.input_ids, mask, count=count
     )
