@@ -78,7 +78,7 @@ def test_stages_run_in_the_order_of_the_recipe(tiny_teacher: Path, tmp_path: Pat
 
 
 def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
-    student = {"name": "student", "stages": ["align", "on_policy", "sft"]}
+    student = {"name": "student", "stages": ["matrices", "align", "on_policy", "distill", "sft"]}
     given = recipe(tiny_teacher, student=[student])
     whole = student_of(given, tmp_path / "whole")
     wanted, shown = losses(whole), students._shown
@@ -86,6 +86,7 @@ def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: 
     class Cut(Exception):
         pass
 
+    assert {stage for stage, *_ in wanted} == set(student["stages"])
     for place in range(2, len(wanted), 3):
         seen = []
 
@@ -269,6 +270,30 @@ def test_weights_and_biases_gets_every_row(tiny_teacher: Path, tmp_path: Path, m
     wandb.finish()
     assert [(row["distill/step"], row["distill/loss"]) for row in logged] == [row[1:] for row in losses(directory)]
     assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_rate_is_tokens_over_the_seconds_since_this_process_began(monkeypatch) -> None:
+    told: list[tuple[float, str]] = []
+    clock = iter([1_000_000.0, 1_000_002.0, 1_000_010.0])
+    monkeypatch.setattr(students.time, "monotonic", lambda: next(clock))
+    show = students._shown(lambda done, words: told.append((done, words)), share=1e-3)
+    # A resumed run has seen tokens before this process began: they are not in its rate.
+    for step, tokens in ((51, 50_000), (52, 51_000), (60, 55_000)):
+        show(step, tokens, 54_000, 1.25)
+    assert told == [
+        (50_000, "step 51, loss 1.2500"),
+        (51_000, "step 52, loss 1.2500, 500 tokens/s, 50% of the peak"),
+        (54_000, "step 60, loss 1.2500, 500 tokens/s, 50% of the peak"),
+    ]
+
+
+def test_a_resumed_run_tells_the_time_that_is_left(monkeypatch, capsys) -> None:
+    clock = iter([0.0, 1.0, 11.0, 21.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar("student: distill", 1000) as update:
+        for done in (900, 910, 920):
+            update(done, "words")
+    assert capsys.readouterr().err == "student: distill: 92%, 80 s left words\n"
 
 
 def test_progress_is_shown(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
