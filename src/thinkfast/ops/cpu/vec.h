@@ -54,7 +54,7 @@ TF_INLINE V larger(V a, V b) {
     return a > b ? a : b;
 }
 
-TF_INLINE v8 half(vec x, int which) {
+TF_INLINE v8 half(vec x, [[maybe_unused]] int which) {
 #ifdef __AVX512F__
     return which ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15) : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
 #else
