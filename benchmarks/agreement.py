@@ -11,13 +11,12 @@ at most twice the rounding is a tie within rounding.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from thinkfast import records
+from thinkfast import records, runtime
 from thinkfast.bench.machine import describe_machine
 from thinkfast.data.chat import render_prompt
 from thinkfast.data.tokenizer import load_tokenizer
@@ -95,7 +94,7 @@ def main() -> None:
         for way, (weights, kv) in WAYS.items():
             ways[way] = judge(model, prompts, *chains(model, prompts, weights, kv, given.tokens))
             print(place.resolve().name, way, ways[way])
-    records.write_json(given.out, {"command": " ".join(sys.argv), "machine": describe_machine(), "models": found})
+    records.write_json(given.out, {"command": runtime.command(), "machine": describe_machine(), "models": found})
 
 
 if __name__ == "__main__":

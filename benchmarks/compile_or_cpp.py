@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from thinkfast import records
+from thinkfast import records, runtime
 from thinkfast.bench.machine import describe_machine
 from thinkfast.engine.backends import NativeBackend
 from thinkfast.model.cache import AttentionCache, Cache, new_cache
@@ -85,7 +84,7 @@ def main() -> None:
     given = parser.parse_args()
     directories = [teacher_directory(model) for model in given.models]
     found = {place.resolve().name: measure(load_model(place), given.repeats) for place in directories}
-    document = {"command": " ".join(sys.argv), "machine": describe_machine(), "batch": BATCH, "context": CONTEXT}
+    document = {"command": runtime.command(), "machine": describe_machine(), "batch": BATCH, "context": CONTEXT}
     records.write_json(given.out, {**document, "microseconds_per_token": found})
     print(found)
 

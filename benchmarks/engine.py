@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -167,7 +166,7 @@ def main() -> None:
     model, draft = load_model(teacher), load_model(given.draft)
     tokenizer = load_tokenizer(teacher)
     prompts = [render_prompt(tokenizer, made.problem) for made in generate(0, given.problems, "held-out", [3, 4, 5])]
-    document: dict[str, object] = {"command": " ".join(["python", *sys.argv]), "machine": runtime.machine()}
+    document: dict[str, object] = {"command": runtime.command(), "machine": runtime.machine()}
     document |= {"threads": torch.get_num_threads(), "repeats": given.repeats, "weights": "float32"}
     document["shared_prefill"] = {
         name: shared_prefill(m, 3 * given.repeats) for name, m in (("teacher", model), ("draft", draft))

@@ -80,7 +80,7 @@ def main() -> None:
         found[path] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(path, found[path], flush=True)
     document = {
-        "command": " ".join(["python", "benchmarks/loss_memory.py", *sys.argv[1:]]),
+        "command": runtime.command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": runtime.machine(),
         "threads": torch.get_num_threads(),

@@ -257,7 +257,7 @@ def main() -> int:
     finally:
         server.end()
     document = judge(measured) | {
-        "command": " ".join(["python", *sys.argv]),
+        "command": runtime.command(),
         "machine": runtime.machine(),
         "versions": runtime.versions(),
         "code": runtime.code_version(),

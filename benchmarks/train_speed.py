@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -149,7 +148,7 @@ def main() -> None:
     ids, rate = batch_of(teacher_directory("bundled"), given.rows, given.length), gemm_rate()
     students = {"pure": (), "hybrid": (2,)}
     document = {
-        "command": " ".join(["python", "benchmarks/train_speed.py", *sys.argv[1:]]),
+        "command": runtime.command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": runtime.code_version(),
         "machine": runtime.machine(),

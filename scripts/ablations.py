@@ -13,7 +13,6 @@ Interrupted anywhere, it goes on where it was; the table is written anew after e
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ def main() -> None:
                 records.write_json(cache, row)
             found[student.name] = records.read_json(cache)
             document = {
-                "command": " ".join(["python", "scripts/ablations.py", *sys.argv[1:]]),
+                "command": runtime.command(),
                 "code": runtime.code_version(),
                 "machine": runtime.machine(),
                 "recipe": recipe.model_dump(mode="json", exclude={"student"}),

@@ -75,7 +75,7 @@ def main() -> None:
             "equivalence": equivalence(grader, cases, reasons),
             "completions": completions(grader, published),
             "seconds": round(time.monotonic() - started, 1),
-            "command": "measure_grading.py DATA --out " + str(given.out),
+            "command": runtime.command(),
             "code": runtime.code_version(),
             "machine": runtime.machine(),
         }

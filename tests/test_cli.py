@@ -239,7 +239,7 @@ def test_doctor_tells_what_is_there_and_what_is_not(
 def test_export_writes_plans_and_refuses(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed: the extra dev, with `make test`")
     out = tmp_path / "out"
     assert main(["export", str(tiny_teacher), "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["attention_layers"] == 2

@@ -41,7 +41,7 @@ SMALLER = (
 def test_the_tutorial_works_as_it_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed (extra export)")
+    pytest.importorskip("transformers", reason="transformers is not installed: the extra dev, with `make test`")
     monkeypatch.chdir(tmp_path)
     ran = []
     for language, title, text in FENCE.findall(TUTORIAL):
@@ -92,7 +92,7 @@ def test_the_time_that_the_tutorial_states_was_measured_on_what_is_printed() -> 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings")):
-        pytest.skip("mkdocs-material and mkdocstrings are not installed (extra docs)")
+        pytest.skip("mkdocs-material or mkdocstrings is not installed: the extra dev, with `make test`")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

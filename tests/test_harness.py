@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -19,7 +20,11 @@ from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.model.config import ATTENTION, MAMBA, MambaConfig
 from thinkfast.model.decoder import Decoder
 
-pytestmark = [pytest.mark.harness, pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.harness,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed: `make harness`"),
+]
 COMMON = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: "{data}"}}}}
@@ -90,8 +95,10 @@ def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def evaluate(tasks: Path, model: str, arguments: dict, batch: int, names: list[str] = TASKS) -> dict:
-    lm_eval = pytest.importorskip("lm_eval")
-    manager = pytest.importorskip("lm_eval.tasks").TaskManager(include_path=str(tasks), include_defaults=False)
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     return lm_eval.simple_evaluate(
         model=model,
         model_args=arguments,
@@ -109,7 +116,6 @@ def test_same_scores_as_the_hugging_face_model(
     student: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    pytest.importorskip("lm_eval")
     import thinkfast.harness  # noqa: F401 - registers the model
 
     export_hf(student, tmp_path / "export")
@@ -138,7 +144,6 @@ def test_same_scores_as_the_hugging_face_model(
 def test_the_bundled_teacher_solves_as_many_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained model that reaches answers: the score is that of the Hugging Face model, and not zero."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    pytest.importorskip("lm_eval")
     import thinkfast.harness  # noqa: F401 - registers the model
 
     rows = [{"problem": p.problem, "answer": p.answer} for p in generate(0, 6, "held-out", [3])]
@@ -162,7 +167,6 @@ def run(program: list[str], student: Path, tasks: Path, out: Path) -> subprocess
 
 def test_the_harness_finds_the_plug_in(student: Path, tasks: Path, tmp_path: Path) -> None:
     """Its own program, in an environment in which thinkfast is installed and nothing else is done."""
-    pytest.importorskip("lm_eval")
     program = Path(sys.executable).with_name("lm_eval")
     assert program.is_file(), "lm_eval is installed without its program"
     done = run([str(program)], student, tasks, tmp_path / "out.json")
@@ -173,7 +177,6 @@ def test_the_harness_finds_the_plug_in(student: Path, tasks: Path, tmp_path: Pat
 
 
 def test_the_command_line(student: Path, tasks: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
     program = [sys.executable, "-m", "thinkfast.harness"]
     done = run(program, student, tasks, tmp_path / "out.json")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -184,7 +187,6 @@ def test_the_command_line(student: Path, tasks: Path, tmp_path: Path) -> None:
 
 
 def test_sampling_repeats_differ_and_mistakes_are_named(student: Path) -> None:
-    pytest.importorskip("lm_eval")
     from thinkfast.harness import ThinkfastLM
 
     model = ThinkfastLM(str(student), batch_size=4)

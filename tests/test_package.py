@@ -18,7 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOOLS = ("build", "twine", "setuptools")
 HEAVY = {"transformers", "gguf", "datasets", "ray", "fastapi", "uvicorn", "lm_eval", "mkdocs", "pytest"}
 ABSENT = [name for name in TOOLS if importlib.util.find_spec(name) is None]
-needs_tools = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)} (extra dev)")
+needs_tools = pytest.mark.skipif(
+    bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}: the extra dev, with `make test`"
+)
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -176,7 +176,9 @@ def test_open_ended_prompts_have_best_of_n_curves(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From prompts without answers to curves of the best reward, with a small preference model of the stock layout."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: the extra dev, with `make test`"
+    )
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tiny_teacher)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(**sizes, vocab_size=len(tokenizer), num_labels=1, pad_token_id=0)

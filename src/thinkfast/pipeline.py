@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from thinkfast import progress, ranks, records, results
+from thinkfast import progress, ranks, records, results, runtime
 from thinkfast.data.chat import PROMPTS, Prompt, named_prompt
 from thinkfast.data.problems import Problem, refuse
 from thinkfast.data.sets import open_problems
@@ -271,7 +271,7 @@ def bench_models(models: Sequence[Path], settings: Bench) -> dict[str, Any]:
 
 def bench_file(models: Sequence[Path], settings: Bench, out: Path | None) -> dict[str, Any]:
     """`bench_models`, told as a table and stored in `out` where given, with a figure beside it."""
-    document = {"command": " ".join(["thinkfast", *sys.argv[1:]]), **bench_models(models, settings)}
+    document = {"command": runtime.command(), **bench_models(models, settings)}
     wide = max([12, *(len(row["model"]) for row in document["rows"] + document["prefill"])])
     for row in document["rows"]:
         place = f"{row['model']:<{wide}} batch {row['batch']:>4}  context {row['context']:>5}"
@@ -295,7 +295,7 @@ def _bench(recipe: Recipe, out: Path, stages: Stages) -> None:
     with stages.open("bench", out / "bench", settings=recipe.bench.model_dump(mode="json"), inputs=inputs) as run:
         if not run.done:
             document = bench_models([out / "models" / name for name in recipe.models], recipe.bench)
-            records.write_json(out / "bench.json", document)
+            records.write_json(out / "bench.json", {"command": runtime.command(), **document})
             run.note("result", f"{len(document['rows'])} speeds")
 
 

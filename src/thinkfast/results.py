@@ -251,6 +251,7 @@ def summary(
     """The document of `summary.json`; `seconds` is the sum over the stages, sessions that were cut off included."""
     document = records.read_json(run / "curves" / "curves.json")
     return {
+        "command": runtime.command(),
         "seconds": round(sum(stages.values()), 3),
         "problems": len(problems),
         "models": {name: _model_summary(name, problems, run, document) for name in models},

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,5 +92,13 @@ def code_version() -> str:
 
 
 def command() -> str:
-    """The command line of this process, the program by its name alone."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line of this process as a shell takes it: a program on the PATH by its name alone, the package as
+    `thinkfast`, any other script with the interpreter and its path from the working directory."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        words = [program.absolute().parent.name]
+    elif program.suffix == ".py":
+        words = ["python", os.path.relpath(program)]
+    else:
+        words = [program.name]
+    return shlex.join([*words, *sys.argv[1:]])

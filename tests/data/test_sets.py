@@ -43,7 +43,7 @@ def test_unknown_names_and_splits_are_told():
 @pytest.mark.filterwarnings("ignore")
 def test_a_set_is_read_by_the_library_that_people_use(tmp_path, monkeypatch):
     """The library takes a directory of the hub's layout for the data set of that name."""
-    pytest.importorskip("datasets", reason="datasets is not installed: pip install 'thinkfast[data]'")
+    pytest.importorskip("datasets", reason="datasets is not installed: the extra dev, with `make test`")
     home = tmp_path / "openai" / "gsm8k"
     home.mkdir(parents=True)
     rows = [{"question": f"{i}+1?", "answer": f"add\n#### {i + 1}"} for i in range(3)] + [

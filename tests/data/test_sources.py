@@ -147,7 +147,7 @@ def test_sources_are_checked_before_work_begins(sources, tokens, complaint):
 
 
 def test_a_data_set_of_the_hub_is_read_row_by_row(tmp_path, words):
-    pytest.importorskip("datasets", reason="the extra 'data'")
+    pytest.importorskip("datasets", reason="datasets is not installed: the extra dev, with `make test`")
     (tmp_path / "set").mkdir()
     texts(tmp_path / "set" / "train.jsonl", "Dan", 3)
     found = [words.decode(ids) for _, ids in documents(Source(f"hf:{tmp_path / 'set'}"), words)]

@@ -39,7 +39,9 @@ def test_digits_are_single_tokens(directory: Path) -> None:
 
 
 def test_transformers_reads_the_same_tokenizer(directory: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: the extra dev, with `make test`"
+    )
     stock = transformers.AutoTokenizer.from_pretrained(directory)
     words = tokenizer.load_tokenizer(directory)
     for text in texts()[:20]:

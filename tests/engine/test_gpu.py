@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs the package triton: the extra gpu")
+pytest.importorskip("triton", reason="triton is not installed: the extra dev, with `make test`, on Linux")
 
 from thinkfast.engine.backends import open_backend
 from thinkfast.engine.engine import Engine

@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 from thinkfast.cli import main
 from thinkfast.model.config import DISCRETE, MambaConfig
 
-pytest.importorskip("gguf")
-pytest.importorskip("transformers", minversion="5.23.0", reason="older ones norm over all groups")
+pytest.importorskip("gguf", reason="gguf is not installed: the extra dev, with `make test`")
+pytest.importorskip(
+    "transformers",
+    minversion="5.23.0",
+    reason="older transformers norm over all groups; `make test` installs a newer one",
+)
 Make = Callable[..., Path]
 ONE = MambaConfig(n_heads=4, head_dim=16, d_state=16, n_groups=1, chunk_size=16)
 

@@ -20,7 +20,7 @@ from thinkfast.model.checkpoint import load_model, save_model
 from thinkfast.student.convert import convert
 from thinkfast.student.plan import LayerPlan
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: the extra dev, with `make test`")
 Make = Callable[..., Path]
 NAMES = (
     "llama",
@@ -121,7 +121,7 @@ def test_what_llama_cpp_cannot_run_is_refused(make_model: Make, tmp_path: Path) 
 
 def in_llama(path: Path, context: int = 128):
     """The file in llama.cpp, which keeps logits of every position; keys and values in float32, as ours."""
-    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: `make llama`")
     return llama_cpp.Llama(
         str(path), n_ctx=context, n_batch=64, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0
     )

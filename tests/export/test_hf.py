@@ -18,7 +18,11 @@ from thinkfast.export.parity import Differs
 from thinkfast.model.checkpoint import load_model
 from thinkfast.records import Failed
 
-transformers = pytest.importorskip("transformers", minversion="5.23.0", reason="older ones norm over all groups")
+transformers = pytest.importorskip(
+    "transformers",
+    minversion="5.23.0",
+    reason="older transformers norm over all groups; `make test` installs a newer one",
+)
 Make = Callable[..., Path]
 
 

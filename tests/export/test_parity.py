@@ -18,7 +18,11 @@ from thinkfast.export import parity
 from thinkfast.export.hf import export_hf
 from thinkfast.export.parity import Differs, check
 
-pytest.importorskip("transformers", minversion="5.23.0", reason="older ones norm over all groups")
+pytest.importorskip(
+    "transformers",
+    minversion="5.23.0",
+    reason="older transformers norm over all groups; `make test` installs a newer one",
+)
 Make = Callable[..., Path]
 OTHERS = os.environ.get("THINKFAST_COMPAT", "").split()
 
@@ -87,7 +91,7 @@ def test_the_program_tells_of_every_directory(make_model: Make) -> None:
 
 
 @pytest.mark.compat
-@pytest.mark.skipif(not OTHERS, reason="make compat names the interpreters")
+@pytest.mark.skipif(not OTHERS, reason="no interpreters with other transformers are named: `make compat`")
 @pytest.mark.parametrize("python", OTHERS)
 def test_other_versions_of_transformers(make_model: Make, tmp_path: Path, python: str) -> None:
     """One group: as in the newest. More groups: wrong without an error, which the check finds and explains."""

@@ -16,7 +16,7 @@ from thinkfast.export.gguf import export_gguf
 from thinkfast.export.vocabulary import RULES, _rule, add_vocabulary
 from thinkfast.model.checkpoint import read_config
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: the extra dev, with `make test`")
 Make = Callable[..., Path]
 DATA = next((p / "shared" / "data" for p in Path(__file__).parents if (p / "shared" / "data").is_dir()), Path("data"))
 PUBLISHED = {"qwen2.5": ("Qwen2Tokenizer", "qwen2"), "gpt2": ("GPT2Tokenizer", "gpt-2")}
@@ -123,11 +123,13 @@ def test_more_tokens_than_the_model_has_are_refused(spoken: Callable[..., Path],
 
 def published(name: str) -> tokenizers.Tokenizer:
     """The tokenizer of published files, as `transformers` makes it of them."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra export)")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: the extra dev, with `make test`"
+    )
     files = {"vocab": DATA / "tokenizers" / name / "vocab.json", "merges": DATA / "tokenizers" / name / "merges.txt"}
     for file in files.values():
         if not file.is_file():
-            pytest.skip(f"{file} is missing")
+            pytest.skip(f"{file} is missing: runs where shared/data stands beside the checkout")
     made = getattr(transformers, PUBLISHED[name][0])(**{key: str(file) for key, file in files.items()})
     return tokenizers.Tokenizer.from_str(made._tokenizer.to_str())
 
@@ -137,7 +139,7 @@ def vectors(rule: str) -> list[tuple[str, list[int]]]:
     texts, ids = (DATA / "tokenizers" / "vectors" / f"{rule}.gguf.{end}" for end in ("inp", "out"))
     for file in (texts, ids):
         if not file.is_file():
-            pytest.skip(f"{file} is missing")
+            pytest.skip(f"{file} is missing: runs where shared/data stands beside the checkout")
     cut = texts.read_bytes().decode().split("\n__ggml_vocab_test__\n")
     rows = [[int(word) for word in line.split()] for line in ids.read_text().split("\n")]
     return list(zip(cut, rows, strict=True))
@@ -166,7 +168,7 @@ def test_published_tokenizers_are_known(name: str) -> None:
 
 
 def in_llama(path: Path):
-    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: `make llama`")
     return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
 
 

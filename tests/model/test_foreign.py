@@ -13,7 +13,11 @@ from thinkfast.engine import Engine, SamplingParams
 from thinkfast.errors import BadInput
 from thinkfast.model.checkpoint import load_model, read_config, save_model
 
-transformers = pytest.importorskip("transformers", minversion="5.23.0", reason="older ones norm over all groups")
+transformers = pytest.importorskip(
+    "transformers",
+    minversion="5.23.0",
+    reason="older transformers norm over all groups; `make test` installs a newer one",
+)
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_chunk_size": 8}

@@ -65,7 +65,7 @@ def checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.llamba
-@pytest.mark.skipif(not PYTHON, reason="make llamba names the interpreter with cartesia-mlx")
+@pytest.mark.skipif(not PYTHON, reason="no interpreter with cartesia-mlx is named: `make llamba`")
 @torch.no_grad()
 def test_logits_and_greedy_tokens_are_those_of_cartesia(tmp_path: Path) -> None:
     state = checkpoint(tmp_path / "model")

@@ -16,7 +16,11 @@ from thinkfast.model.decoder import Decoder
 from thinkfast.model.layout import dump_config
 from thinkfast.model.tensors import layout_of
 
-transformers = pytest.importorskip("transformers", minversion="5.23.0", reason="older ones norm over all groups")
+transformers = pytest.importorskip(
+    "transformers",
+    minversion="5.23.0",
+    reason="older transformers norm over all groups; `make test` installs a newer one",
+)
 
 CHANGES = {
     "llama-tied": ("llama", {}),

@@ -20,7 +20,11 @@ from thinkfast.model.checkpoint import load_model, read_config, save_model
 from thinkfast.model.decoder import Decoder
 from thinkfast.model.layout import dump_config
 
-transformers = pytest.importorskip("transformers", minversion="5.23.0", reason="older ones norm over all groups")
+transformers = pytest.importorskip(
+    "transformers",
+    minversion="5.23.0",
+    reason="older transformers norm over all groups; `make test` installs a newer one",
+)
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -146,7 +146,7 @@ def test_memory_that_does_not_exist_is_refused() -> None:
         NativePool(backend.model, 2_000_000_000, 2000, half=False, threads=1)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork: runs on Linux")
 def test_a_forked_child_decodes_without_the_parents_threads() -> None:
     """In its own process: forking this one would copy pytest's state."""
     code = """

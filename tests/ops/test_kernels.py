@@ -130,7 +130,9 @@ def test_pages_come_and_go() -> None:
     assert pool.pages_used == 0
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo to tell what the processor has")
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo tells what the processor has: runs on Linux"
+)
 def test_a_narrower_processor_computes_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Eight lanes instead of sixteen, as the compiler would make them for AVX2: no bit less exact than the others."""
     want = {name: run(pool_of(make(name), 6, 2), 5, 75, 3) for name in SHAPES}

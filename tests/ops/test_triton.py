@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs the package triton: the extra gpu")
+pytest.importorskip("triton", reason="triton is not installed: the extra dev, with `make test`, on Linux")
 
 from thinkfast.engine.sampling import SamplingParams
 from thinkfast.engine.sampling import draw as oracle
@@ -47,7 +47,7 @@ def test_a_mamba_step_with_a_state_of_two_bytes() -> None:
 
 
 def test_softplus_keeps_its_digits_where_it_is_small() -> None:
-    triton = pytest.importorskip("triton")
+    import triton
     import triton.language as tl
 
     @triton.jit

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton", reason="needs the package triton: the extra gpu")
+pytest.importorskip("triton", reason="triton is not installed: the extra dev, with `make test`, on Linux")
 
 from thinkfast.model import mamba2
 from thinkfast.model.cache import new_cache

@@ -14,7 +14,9 @@ import pytest
 from thinkfast.records import read_samples, read_scores
 from thinkfast.report import write_report
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: the extra dev, with `make test`"
+)
 pytestmark = pytest.mark.browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -26,7 +28,7 @@ Open = Callable[..., Any]
 def browser() -> Iterator[Any]:
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
-        pytest.skip(f"no browser found: none of {', '.join(NAMES)} is on the PATH")
+        pytest.skip(f"none of {', '.join(NAMES)} is on the PATH; `.ci/run` installs chromium")
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=path, args=FLAGS)
         yield opened

@@ -228,7 +228,9 @@ def test_back_ends_that_cannot_be_had_are_named(
             draw(backend="vllm")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; it needs a GPU")
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: a machine with a GPU and vLLM, this file"
+)
 def test_vllm_draws_the_engines_rows(teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
     sample_model(teacher, problems, GREEDY, tmp_path / "ours")
     sample_model(teacher, problems, GREEDY, tmp_path / "theirs", backend="vllm")

@@ -23,7 +23,7 @@ TOWER = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"
 def data(name):
     path = DATA / name
     if not path.exists():
-        pytest.skip(f"{path} is missing")
+        pytest.skip(f"{path} is missing: runs where shared/data stands beside the checkout")
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         return [json.loads(line) for line in lines]
 
@@ -243,7 +243,7 @@ def test_a_comparison_that_does_not_even_compute_is_ended():
 def workers_of_this_process():
     children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children")
     if not children.exists():
-        pytest.skip(f"{children} is missing")
+        pytest.skip(f"{children} is missing: runs on Linux, whose kernel lists a thread's children")
     pids = [int(pid) for pid in children.read_text().split()]
     return [pid for pid in pids if b"grade.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 

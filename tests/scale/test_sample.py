@@ -248,12 +248,14 @@ def test_an_interrupted_adaptive_run_remembers_its_votes(
 def test_the_clock_ends_it(tiny_teacher: Path, problems: list[Problem], tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"n": 100_000, "seconds": 1.0, "max_tokens": 200})
     cut: list[records.SampleRow] = []
-    while not cut:  # all chains are equally long here: now and then time is over just when four have ended
+    for _ in range(5):  # all chains are equally long here: now and then time is over just when four have ended
         shutil.rmtree(tmp_path, ignore_errors=True)
         drawn = sample_model(tiny_teacher, problems, settings, tmp_path)
         rows = records.read_samples(tmp_path)
         cut = [row for row in rows if row.finish_reason == "deadline"]
-    assert len(cut) <= 4
+        if cut:
+            break
+    assert 0 < len(cut) <= 4
     assert 1.0 <= drawn.seconds < 4.0
     assert all(row.t_end < 1.0 for row in rows if row.finish_reason != "deadline")
     counts = [sum(row.problem_id == problem.id for row in rows) for problem in problems]

@@ -12,7 +12,9 @@ from thinkfast.serve.app import Limits
 from thinkfast.serve.draw import Served, open_model
 from thinkfast.serve.keys import Key, Keys
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: the extra dev, with `make test`"
+)
 pytestmark = pytest.mark.browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -25,7 +27,7 @@ Open = Callable[..., Any]
 def browser() -> Iterator[Any]:
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
-        pytest.skip(f"no browser found: none of {', '.join(NAMES)} is on the PATH")
+        pytest.skip(f"none of {', '.join(NAMES)} is on the PATH; `.ci/run` installs chromium")
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=path, args=FLAGS)
         yield opened

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+schemathesis = pytest.importorskip(
+    "schemathesis", reason="schemathesis is not installed: the extra dev, with `make test`"
+)
 # It imports much of itself late, and pytest parses what it imports. CPython 3.11 counts the depth of parsing for all
 # threads together: a server that formats a traceback at that moment would break the import. No server runs yet.
 for _name in ("core", "engine", "generation", "openapi", "specs.openapi", "transport"):
