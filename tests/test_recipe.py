@@ -81,6 +81,8 @@ def test_overrides_win_and_later_ones_last(path: Path) -> None:
         ),
         ("student.0.name='teacher'", "student name 'teacher' is used twice"),
         ("student.0.name='a/b'", "student.0.name: string should match pattern"),
+        ("sft.row_tokens=512", "sft: row_tokens is 512, but no document is cut in this stage: leave it out"),
+        ("on_policy.row_tokens=64", "on_policy: row_tokens is 64, but no document is cut in this stage: leave it out"),
         ("compare.baseline='x'", "compare.baseline 'x' is not one of teacher, pure, hybrid"),
         ("compare.grid.last=0.001", "compare.grid: last 0.001 is not above first 0.01"),
         ("student=[]", "student: tuple should have at least 1 item"),

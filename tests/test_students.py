@@ -1,6 +1,7 @@
 """Every stage of a recipe on a tiny teacher: in any order, resumable, and what each leaves on disk."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 
 from thinkfast import progress, records, students
-from thinkfast.data.corpus import Corpus, Cursor
+from thinkfast.data.corpus import Corpus, Cursor, batches
 from thinkfast.errors import BadInput
 from thinkfast.model.checkpoint import load_model
 from thinkfast.ranking import rank_layers
 from thinkfast.recipe import Recipe, parse_recipe
 from thinkfast.sections import Watching
-from thinkfast.stages import Stages, make_corpus
+from thinkfast.stages import Stages, calibration_ids, make_corpus
+from thinkfast.student.convert import convert
+from thinkfast.student.plan import LayerPlan
 from thinkfast.students import make_base, make_student
 
 SHORT = {"tokens": 2000, "lr": 1e-3, "batch_tokens": 512, "save_every": 2}
@@ -75,7 +78,7 @@ def test_stages_run_in_the_order_of_the_recipe(tiny_teacher: Path, tmp_path: Pat
 
 
 def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
-    student = {"name": "student", "stages": ["align", "on_policy", "sft"]}
+    student = {"name": "student", "stages": ["matrices", "align", "on_policy", "distill", "sft"]}
     given = recipe(tiny_teacher, student=[student])
     whole = student_of(given, tmp_path / "whole")
     wanted, shown = losses(whole), students._shown
@@ -83,6 +86,7 @@ def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: 
     class Cut(Exception):
         pass
 
+    assert {stage for stage, *_ in wanted} == set(student["stages"])
     for place in range(2, len(wanted), 3):
         seen = []
 
@@ -164,6 +168,29 @@ def test_a_round_holds_the_students_answers_to_prompts_of_the_corpus(tiny_teache
     assert batch.input_ids.dtype == torch.int64
 
 
+def test_fine_tuning_reads_whole_documents_each_alone(tiny_teacher: Path, tmp_path: Path) -> None:
+    given = recipe(
+        tiny_teacher,
+        student=[{"name": "student", "stages": ["sft"]}],
+        sft={**SHORT, "tokens": 500, "batch_tokens": 1000},
+    )
+    directory = student_of(given, tmp_path)
+    (row, *_) = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    corpus = Corpus(tmp_path / "corpus")
+    training = corpus.slice(0, len(corpus) - 8)
+    batch, _ = next(batches(training, Cursor(0), 1000, packed=True))
+    student = convert(load_model(tiny_teacher), LayerPlan(()), calibration_ids(training), 0)
+    total, count = 0.0, 0
+    for start, end in pairwise(batch.bounds.tolist()):
+        ids, learnt = batch.input_ids[:, start:end], batch.completion[0, start:end]
+        with torch.no_grad():
+            found = torch.nn.functional.cross_entropy(student(ids)[0, :-1], ids[0, 1:], reduction="none")
+        total, count = total + float(found[learnt[1:]].sum()), count + int(learnt[1:].sum())
+    assert len(batch.bounds) > 3
+    assert row["tokens"] == batch.tokens
+    assert row["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
 def test_on_policy_answers_have_to_fit(tiny_teacher: Path, tmp_path: Path) -> None:
     given = recipe(tiny_teacher, on_policy={**SHORT, "max_tokens": 5000})
     corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
@@ -243,6 +270,30 @@ def test_weights_and_biases_gets_every_row(tiny_teacher: Path, tmp_path: Path, m
     wandb.finish()
     assert [(row["distill/step"], row["distill/loss"]) for row in logged] == [row[1:] for row in losses(directory)]
     assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_rate_is_tokens_over_the_seconds_since_this_process_began(monkeypatch) -> None:
+    told: list[tuple[float, str]] = []
+    clock = iter([1_000_000.0, 1_000_002.0, 1_000_010.0])
+    monkeypatch.setattr(students.time, "monotonic", lambda: next(clock))
+    show = students._shown(lambda done, words: told.append((done, words)), share=1e-3)
+    # A resumed run has seen tokens before this process began: they are not in its rate.
+    for step, tokens in ((51, 50_000), (52, 51_000), (60, 55_000)):
+        show(step, tokens, 54_000, 1.25)
+    assert told == [
+        (50_000, "step 51, loss 1.2500"),
+        (51_000, "step 52, loss 1.2500, 500 tokens/s, 50% of the peak"),
+        (54_000, "step 60, loss 1.2500, 500 tokens/s, 50% of the peak"),
+    ]
+
+
+def test_a_resumed_run_tells_the_time_that_is_left(monkeypatch, capsys) -> None:
+    clock = iter([0.0, 1.0, 11.0, 21.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar("student: distill", 1000) as update:
+        for done in (900, 910, 920):
+            update(done, "words")
+    assert capsys.readouterr().err == "student: distill: 92%, 80 s left words\n"
 
 
 def test_progress_is_shown(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:

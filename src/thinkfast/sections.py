@@ -31,7 +31,7 @@ class Training(Section):
     """A stage of training; the rate warms up linearly over `warmup` of the tokens and falls to `min_lr` of its peak.
 
     A step takes `accumulate` batches of `batch_tokens`, over all processes. With `row_tokens` a batch is rows of that
-    many tokens, cut from all documents one behind another; without it every document has a row of its own. Every
+    many tokens, cut from all documents one behind another; without it no document sees another. Every
     `save_every` steps the state and a model are saved.
     """
 
@@ -83,14 +83,25 @@ class Distill(Training):
     alpha: Inside = 0.1
 
 
-class Sft(Training):
-    """Supervised fine-tuning: cross-entropy on the completions of the corpus, without the teacher."""
+class Isolated(Training):
+    """A stage whose documents do not see each other: never cut into rows together with others."""
+
+    @model_validator(mode="after")
+    def _whole_documents(self) -> Self:
+        if self.row_tokens is not None:
+            raise ValueError(f"row_tokens is {self.row_tokens}, but no document is cut in this stage: leave it out")
+        return self
+
+
+class Sft(Isolated):
+    """Supervised fine-tuning: cross-entropy on the completions of the corpus, without the teacher. A batch is whole
+    documents in one row, each read as if it stood alone."""
 
     tokens: Annotated[int, Field(ge=0)] = 500_000
     lr: Positive = 5e-4
 
 
-class OnPolicy(Training):
+class OnPolicy(Isolated):
     """The student answers prompts of the corpus and learns the teacher's distribution on its own answers
     (arXiv 2306.13649). Every round draws `prompts` of them anew; `share` of them are answered by the student, the
     others keep the corpus' completion."""

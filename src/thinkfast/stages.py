@@ -135,9 +135,10 @@ def copy_teacher(source: Path, directory: Path, stages: Stages) -> Path:
 def make_corpus(settings: Text, teacher: Path, directory: Path, stages: Stages) -> Corpus:
     """The training text tokenised for the teacher: problems of the train split with their worked solutions, or what the
     recipe names. A directory that holds a corpus already is read where it is."""
-    from thinkfast.data.corpus import Corpus, write_corpus
+    from thinkfast.data.corpus import Corpus
     from thinkfast.data.sources import mixed
     from thinkfast.data.tokenizer import load_tokenizer
+    from thinkfast.data.writer import write_documents
 
     tokenizer = load_tokenizer(teacher)
     inputs = {"tokenizer": tokenizer.fingerprint}
@@ -151,13 +152,15 @@ def make_corpus(settings: Text, teacher: Path, directory: Path, stages: Stages) 
     with stages.open("corpus", directory, settings=settings.model_dump(mode="json"), inputs=inputs) as run:
         if not run.done:
             counts: list[dict[str, Any]] = []
-            documents: Iterable[Sequence[list[int]]]
-            if sources:
-                documents = mixed(sources, tokenizer, settings.tokens, counts)
-            else:
+
+            def documents(done: int) -> Iterable[Sequence[list[int]]]:
+                if sources:
+                    return mixed(sources, tokenizer, settings.tokens, counts)
                 problems = load_problems(settings.path) if settings.path else generated(settings, "train")
-                documents = _documents(problems, tokenizer, settings.path or "the generated problems")
-            corpus = write_corpus(directory, documents, tokenizer.fingerprint, tokenizer.vocab_size, counts)
+                return _documents(problems[done:], tokenizer, settings.path or "the generated problems")
+
+            write_documents(directory, documents, tokenizer.fingerprint, tokenizer.vocab_size, counts)
+            corpus = Corpus(directory)
             if counts:
                 run.note("sources", counts)
             run.note("result", f"{len(corpus)} documents, {corpus.tokens / 1e6:.2f}M tokens")

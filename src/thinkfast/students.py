@@ -54,7 +54,7 @@ def make_base(
             teacher, training = load_model(teacher_dir), corpus.slice(0, len(corpus) - held_out)
             plan = LayerPlan((), base.init, mixer=base.mixer)
             model = convert(teacher, plan, calibration_ids(training), base.seed)
-            _together(teacher, model, compute, base.stages)
+            _together(teacher, model, compute)
             _train(base, teacher, model, training, teacher_dir, directory, run, watch)
             _write(model, directory, teacher_dir)
             run.note("train", _last_rows(directory / "metrics.jsonl"))
@@ -105,7 +105,7 @@ def make_student(
             model = convert(teacher, plan, calibration_ids(training), student.seed)
         if not run.resuming:
             _write(model, directory, teacher_dir)
-        _together(teacher, model, compute, student.stages)
+        _together(teacher, model, compute)
         _train(student, teacher, model, training, teacher_dir, directory, run, watch)
         run.note("kl", evaluate_kl(teacher, model, unseen))
         _write(model, directory, teacher_dir)
@@ -124,15 +124,13 @@ def _cleared(directory: Path) -> Path:
     return directory
 
 
-def _together(teacher: Decoder, model: Decoder, compute: Compute, stages: tuple[str, ...]) -> None:
+def _together(teacher: Decoder, model: Decoder, compute: Compute) -> None:
     """Shards both models over the processes that torchrun started, if it did."""
     import torch
 
     from thinkfast.distill import parallel
 
     team = ranks.current()
-    if team.together and "on_policy" in stages:
-        raise BadInput("stages: on_policy runs on one process, without torchrun")
     if not team.together and compute.dtype != "float32":
         raise BadInput(f"compute.dtype {compute.dtype}: needs torchrun, also for one process (docs/cluster.md)")
     model.recompute = compute.recompute
@@ -162,6 +160,7 @@ def _train(
     watch: Watching,
 ) -> None:
     """Runs the stages in their order. One that is done is read from its state, so that a later one can go on."""
+    from thinkfast.data.corpus import batches
     from thinkfast.distill import track
     from thinkfast.distill.align import AlignLoss, align, orient
     from thinkfast.distill.losses import CROSS_ENTROPY, Loss
@@ -197,7 +196,11 @@ def _train(
                     loss = _loss(given.loss, given)
                     distill(teacher, model, training, how, directory, loss, None, seen, "on_policy", source, fixed)
                 else:
-                    distill(teacher, model, training, how, directory, Loss(CROSS_ENTROPY), None, seen, "sft")
+                    packed, hard = (
+                        partial(batches, training, batch_tokens=given.batch_tokens, packed=True),
+                        Loss(CROSS_ENTROPY),
+                    )
+                    distill(teacher, model, training, how, directory, hard, None, seen, "sft", packed, {"packed": 1})
             except Diverged as error:
                 raise records.Failed(f"{directory}: {error}; the model is that of the last saved state") from None
 
@@ -296,7 +299,8 @@ def _saved(
 
 def _answered(model: Decoder, corpus: Corpus, settings: OnPolicy, directory: Path) -> tuple[Source, dict[str, Any]]:
     """Batches of the student's own answers, round after round, and what fixes them. A round is drawn when its first
-    batch is needed, by the student of that moment, and kept: a resumed run finds the same."""
+    batch is needed, by the student of that moment, and kept: a resumed run finds the same. All processes must read
+    them in step."""
     from thinkfast.data.corpus import Cursor, batches
 
     longest = int(corpus.prompt_lengths.max()) + settings.max_tokens
@@ -324,9 +328,11 @@ def _answered(model: Decoder, corpus: Corpus, settings: OnPolicy, directory: Pat
 def _round(model: Decoder, corpus: Corpus, settings: OnPolicy, directory: Path, place: int) -> Corpus:
     """The corpus of one round: prompts of `corpus` with the student's completion, or with their own."""
     from thinkfast.data.corpus import Corpus, write_corpus
+    from thinkfast.distill import parallel
     from thinkfast.engine import Engine, SamplingParams
 
-    if (directory / "corpus.json").exists():
+    team = ranks.current()
+    if team.agree((directory / "corpus.json").exists()):
         return Corpus(directory)
     random = np.random.default_rng([settings.seed, place])
     chosen = random.choice(len(corpus), min(settings.prompts, len(corpus)), replace=False)
@@ -337,11 +343,17 @@ def _round(model: Decoder, corpus: Corpus, settings: OnPolicy, directory: Path, 
     )
     ends = model.config.eos_token_ids
     if asked:
-        samples = Engine(model, settings.slots).sample([documents[i][0] for i in asked], 1, params)
-        for i, (sample,) in zip(asked, samples, strict=True):
-            ended = sample.finish_reason == "stop" and ends
-            documents[i] = (documents[i][0], [*sample.token_ids, *(ends[:1] if ended else ())])
-    return write_corpus(directory, documents, corpus.fingerprint, corpus.vocab_size)
+        # Each process answers its share with a whole student; an answer depends on its prompt and the seed alone.
+        mine, student = asked[team.rank :: team.size], parallel.whole_everywhere(team, model)
+        prompts = [documents[i][0] for i in mine]
+        samples = Engine(student.to(team.device), settings.slots).sample(prompts, 1, params) if mine else []
+        answers = [(list(sample.token_ids), sample.finish_reason) for (sample,) in samples]
+        for i, (ids, reason) in team.collect(list(zip(mine, answers, strict=True))):
+            documents[i] = (documents[i][0], [*ids, *(ends[:1] if reason == "stop" else ())])
+    if not team.rank:
+        write_corpus(directory, documents, corpus.fingerprint, corpus.vocab_size)
+    team.wait()
+    return Corpus(directory)
 
 
 def _last_rows(metrics: Path) -> dict[str, dict[str, float]]:

@@ -218,6 +218,38 @@ def test_concatenated_rows_hold_every_token_once_and_resume_anywhere(tmp_path_fa
             assert following == cursors[at + 1]
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20))
+def test_packed_batches_hold_every_document_whole_and_once_and_resume_anywhere(tmp_path_factory, sizes, batch_tokens):
+    documents = [([], list(range(1 + 10 * n, 1 + 10 * n + size))) for n, size in enumerate(sizes)]
+    corpus = write_corpus(tmp_path_factory.mktemp("c"), documents, "f", 200)
+    stream = batches(corpus, Cursor(3), batch_tokens, packed=True)
+    cursors, taken, got = [Cursor(3)], [], []
+    while cursors[-1].epoch < 2:
+        batch, cursor = next(stream)
+        parts = [part.tolist() for part in batch.input_ids[0].split(batch.bounds.diff().tolist())]
+        assert batch.tokens == sum(map(len, parts)) == int(batch.bounds[-1])
+        assert batch.tokens <= batch_tokens or len(parts) == 1
+        cursors.append(cursor)
+        taken.append(batch)
+        got += parts
+    assert sorted(got) == sorted(2 * [completion for _, completion in documents])
+    for at in (1, len(taken) // 2):
+        again, following = next(batches(corpus, cursors[at], batch_tokens, packed=True))
+        if at < len(taken):
+            assert torch.equal(again.input_ids, taken[at].input_ids)
+            assert following == cursors[at + 1]
+
+
+def test_a_packed_document_is_not_learnt_from_the_one_before(tmp_path):
+    corpus = write_corpus(tmp_path, DOCUMENTS, "f", 66)
+    batch = corpus.pack(np.array([2, 1, 0]))
+    assert batch.input_ids.tolist() == [[2, 2, 2, 2, 3, 65, 1, 5, 6, 7, 8, 9]]
+    assert batch.bounds.tolist() == [0, 6, 7, 12]
+    # The only token of the second document belongs to its completion, and nothing predicts it.
+    assert batch.completion.int().tolist() == [[0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]]
+
+
 def test_concatenated_rows_mark_completions_as_documents_do(tmp_path):
     corpus = write_corpus(tmp_path, DOCUMENTS, "f", 66)
     batch = corpus.stream(np.array([2, 0, 1, 3]), range(2), 6)

@@ -1,6 +1,9 @@
-"""What one document may know of another: nothing in rows of their own; in concatenated rows, what stands before it."""
+"""What one document may know of another: nothing in rows of their own, and nothing where they are packed into one; in
+concatenated rows, what stands before it."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -47,6 +50,23 @@ def test_documents_in_rows_of_their_own_do_not_know_each_other(tmp_path, model):
     assert not torch.equal(before[3], after[3])
     alone = model(one.input_ids[4:5, : one.lengths[4]])
     assert torch.allclose(before[4, : one.lengths[4]], alone[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_know_each_other(tmp_path, model):
+    plain = documents()
+    one, two = corpus_of(tmp_path / "a", plain), corpus_of(tmp_path / "b", changed(plain, 3))
+    (first, _), (second, _) = (next(batches(corpus, Cursor(5), 1000, packed=True)) for corpus in (one, two))
+    ((_, place),) = (first.input_ids != second.input_ids).nonzero().tolist()
+    ends = first.bounds.tolist()
+    assert len(ends) == 7
+    (start, end), *_ = [pair for pair in pairwise(ends) if pair[0] <= place < pair[1]]
+    assert 0 < start < end < ends[-1]
+    before, after = (model.hidden(batch.input_ids, bounds=batch.bounds)[0] for batch in (first, second))
+    same = (before == after).all(-1)
+    assert same[:place].all()
+    assert same[end:].all()
+    assert not same[place:end].any()
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@
   -> tests/distill/test_peers.py::test_memory_grows_with_the_length
 * The convolution of one document reaches into the next
   -> tests/distill/test_peers.py::test_documents_of_a_batch_do_not_see_each_other
+  -> tests/distill/test_peers.py::test_a_packed_batch_teaches_what_its_documents_alone_do
+  -> tests/model/test_packing.py::test_a_packed_row_is_its_documents_alone
+  -> tests/data/test_leaks.py::test_packed_documents_do_not_know_each_other
 * Discrete Mamba-2: x divided by a decay near zero
   -> tests/model/test_mixers.py::test_extreme_decays_stay_finite_in_bfloat16
 * Clipping commented out; a batch lost at the start
@@ -41,6 +44,19 @@
   -> tests/distill/test_trainer.py::test_kill_9_and_resume_equals_the_uninterrupted_run
   -> tests/distill/test_peers.py::test_a_saved_state_holds_the_student_alone
   -> tests/distill/test_losses.py::test_a_wide_vocabulary_in_bfloat16_is_near_the_exact_gradient
+  -> tests/data/test_corpus.py::test_two_epochs_give_every_document_twice
+* Prompts or ends masked wrongly where the pad token is the end token, or there is none
+  -> tests/distill/test_refusals.py::test_a_missing_pad_token_is_told_and_does_no_harm
+* A checkpoint that cannot be loaded while the run goes on
+  -> tests/test_students.py::test_divergence_keeps_the_model_of_the_last_save
+* Tokens a second against the time since 1970
+  -> tests/test_students.py::test_the_rate_is_tokens_over_the_seconds_since_this_process_began
+* A gated norm over all groups at once
+  -> tests/model/test_mamba2.py::test_equals_the_definition
+* Tensors of an exported student that readers leave out without a word
+  -> tests/model/test_parity.py::test_what_we_save_the_stock_class_computes
+* Data that is read again, or lost, when its preparation is interrupted
+  -> tests/data/test_writer.py::test_stopped_at_any_document_or_step_it_goes_on_to_the_same_bytes
 * A target of the last layer taken behind the final norm
   -> tests/distill/test_align.py::test_the_block_term_compares_what_a_block_adds_the_last_one_before_the_final_norm
 * Half the gradient lost, or doubled, when a step is cut into several batches
@@ -50,6 +66,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,6 +122,29 @@ def test_documents_of_a_batch_do_not_see_each_other(teacher, kind):
         together = student(ids)
         for row in range(3):
             assert torch.allclose(student(ids[row : row + 1, :15]), together[row, :15], atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [Loss("cross_entropy"), Loss({"forward_kl": 1.0, "cross_entropy": 0.5})])
+@pytest.mark.parametrize("kind", list(MIXERS))
+def test_a_packed_batch_teaches_what_its_documents_alone_do(teacher, corpus, kind, loss):
+    student = convert(teacher, LayerPlan((1,), mixer=kind), seed=3)
+    batch, _ = next(batches(corpus, Cursor(0), 200, packed=True))
+    count = completion_count(batch)
+    value = batch_loss(loss, teacher, student, batch, count)
+    value.backward()
+    found = torch.cat([p.grad.flatten() for p in student.parameters()])
+    student.zero_grad()
+    total, counted = 0.0, 0
+    for start, end in pairwise(batch.bounds.tolist()):
+        alone = Batch(batch.input_ids[:, start:end], batch.completion[:, start:end], torch.tensor([end - start]))
+        part = batch_loss(loss, teacher, student, alone, count)
+        part.backward()
+        total, counted = total + float(part.detach()), counted + completion_count(alone)
+    wanted = torch.cat([p.grad.flatten() for p in student.parameters()])
+    assert len(batch.bounds) > 4
+    assert counted == count
+    assert float(value.detach()) == pytest.approx(total, rel=1e-5)
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_gradients_are_clipped_and_every_document_comes_once_an_epoch(teacher, student, corpus, tmp_path, monkeypatch):

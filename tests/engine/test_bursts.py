@@ -30,6 +30,11 @@ def table_of(limits: list[int], stop: bool, runs_on: list[bool]) -> SlotTable:
     return table
 
 
+@pytest.fixture(scope="module")
+def kernels(make_model: Callable[..., Decoder]) -> NativeMemory:
+    return NativeBackend(make_model("pure"), "float32").memory(1, 1)
+
+
 @given(
     tokens=st.lists(st.lists(st.integers(-1, VOCAB - 1), min_size=ROWS, max_size=ROWS), min_size=1, max_size=6),
     limits=st.lists(st.integers(1, 6), min_size=ROWS, max_size=ROWS),
@@ -38,7 +43,12 @@ def table_of(limits: list[int], stop: bool, runs_on: list[bool]) -> SlotTable:
     runs_on=st.lists(st.booleans(), min_size=ROWS, max_size=ROWS),
 )
 def test_steps_taken_together_leave_what_single_steps_leave(
-    tokens: list[list[int]], limits: list[int], drawn: list[int], stop: bool, runs_on: list[bool]
+    kernels: NativeMemory,
+    tokens: list[list[int]],
+    limits: list[int],
+    drawn: list[int],
+    stop: bool,
+    runs_on: list[bool],
 ) -> None:
     """Whatever stands behind the end of a sample or its limit, or was not drawn."""
     steps = np.array(tokens, np.int32)
@@ -46,17 +56,21 @@ def test_steps_taken_together_leave_what_single_steps_leave(
     for row, length in enumerate(drawn):
         steps[length:, row] = NOT_DRAWN
     rows = np.array([2, 0, 3, 1], np.int32)
-    one, all_at_once = table_of(limits, stop, runs_on), table_of(limits, stop, runs_on)
+    one = table_of(limits, stop, runs_on)
     ended = []
     for now, logprobs in zip(steps, scores, strict=True):
         on = one.active[rows] & (now != NOT_DRAWN)
         ended += one.advance(rows[on], now[on], logprobs[on])
-    got = all_at_once.advance_all(rows, steps, scores)
-    assert sorted((done.slot, done.reason) for done in got) == sorted((done.slot, done.reason) for done in ended)
-    for name in ("active", "token", "position", "count", "logprob"):
-        assert np.array_equal(getattr(all_at_once, name), getattr(one, name)), name
-    for slot in range(ROWS):
-        assert all_at_once.sample(slot, "stop", 1.0) == one.sample(slot, "stop", 1.0)
+    ways = {"numpy": table_of(limits, stop, runs_on), "kernels": table_of(limits, stop, runs_on)}
+    for name, table in ways.items():
+        if name == "kernels" and table.stops:
+            continue
+        got = table.advance_all(rows, steps, scores) if name == "numpy" else kernels.settle(table, rows, steps, scores)
+        assert sorted((done.slot, done.reason) for done in got) == sorted((done.slot, done.reason) for done in ended)
+        for column in ("active", "token", "position", "count", "logprob"):
+            assert np.array_equal(getattr(table, column), getattr(one, column)), (name, column)
+        for slot in range(ROWS):
+            assert table.sample(slot, "stop", 1.0) == one.sample(slot, "stop", 1.0), name
 
 
 def native(model: Decoder, rows: int) -> tuple[NativeMemory, SlotTable]:
@@ -91,6 +105,47 @@ def test_the_kernels_draw_in_a_row_what_they_draw_one_by_one(
         assert (tokens[step, off] == NOT_DRAWN).all(), "a row that has ended takes no step"
         table.advance(on, want, scores)
     assert rows < 75 or ends, "some sample ends before the last step"
+
+
+@pytest.mark.parametrize("name", ["attention", "hybrid", "pure"])
+def test_a_thread_that_is_done_takes_half_of_anothers_rows(
+    make_model: Callable[..., Decoder], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the first tile's rows have room for one token: the other threads are soon done."""
+    monkeypatch.setattr("thinkfast.engine.backends.IDLE", 0)  # however many rows end early
+    monkeypatch.setattr("thinkfast.engine.backends.AHEAD", 300)  # the others must have time to wake
+    rows, kept, model = 90, 30, NativeBackend(make_model(name), "float32").model
+    params = SamplingParams(max_tokens=300, temperature=1.3, ignore_eos=True)
+    every, found = np.arange(rows, dtype=np.int32), []
+    for threads in (1, 3):
+        memory = NativeMemory(model, rows, 310, False, threads)
+        table = SlotTable(rows, params, make_model(name).config.vocab_size, ())
+        for slot in range(rows):
+            memory.fork(memory.prefill([[1 + slot % 7] * (slot % 5)])[0], slot)
+            table.admit(slot, (0, slot), 2, slot % 5, sample_key(3, slot), 0.0)
+        table.count[kept:] = 299
+        tokens, logprobs = memory.run_ahead(table, every, math.inf)
+        assert (tokens[1:, kept:] == NOT_DRAWN).all()
+        assert (tokens[-1, :kept] != NOT_DRAWN).all()
+        found.append((tokens, logprobs))
+    assert np.array_equal(found[0][0], found[1][0])
+    assert np.array_equal(found[0][1], found[1][1], equal_nan=True)
+
+
+def test_rows_of_one_call_draw_in_ways_of_their_own(make_model: Callable[..., Decoder]) -> None:
+    ways = [SamplingParams(max_tokens=40, **how) for how in ({"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.4}, {})]
+    every, found = np.arange(8, dtype=np.int32), []
+    for alone in (False, True):
+        memory, table = native(make_model("hybrid"), 8)
+        for slot in range(8):
+            prompt = int(table.token[slot]), int(table.position[slot])
+            table.admit(slot, (0, slot), *prompt, sample_key(3, slot), 0.0, ways[slot % 4])
+        parts = [every[at :: len(ways)].copy() for at in range(len(ways))] if alone else [every]
+        drawn = np.empty(8, np.int32)
+        for part in parts:
+            drawn[part] = memory.step(table, part)[0]
+        found.append(drawn)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_a_row_has_room_for_so_many_tokens(make_model: Callable[..., Decoder]) -> None:

@@ -84,12 +84,12 @@ def test_the_matrix_is_what_the_recurrence_multiplies_its_values_by(tiny, kind):
     matrix = mixer.matrix(u)
     assert matrix.shape == (2, 4, 13, 13)
     assert not matrix.triu(1).any()
-    values = mixer._inputs(u, None)[1]
+    values = mixer._inputs(mixer.in_proj(u), None)[1]
     gated = torch.einsum("bhts,bshp->bthp", matrix, values)
     if kind == "mamba2":
-        wanted = mixer.out_proj(mixer.norm(gated.flatten(2), mixer._inputs(u, None)[0]))
+        wanted = mixer.out_proj(mixer.norm(gated.flatten(2), mixer._inputs(mixer.in_proj(u), None)[0]))
     else:
-        z = mixer._inputs(u, None)[0]
+        z = mixer._inputs(mixer.in_proj(u), None)[0]
         wanted = mixer.out_proj(gated.flatten(2) * F.silu(z + mixer.z_bias))
     assert torch.allclose(mixer(u), wanted, atol=1e-4)
 

@@ -9,12 +9,11 @@ tokenizer's fingerprint), which is written last: a directory without it is not a
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from thinkfast import records
+from thinkfast.data import writer
 from thinkfast.errors import BadInput
 
-FORMAT = 1
 LENGTH_BUCKET = 16
 
 
@@ -43,12 +41,15 @@ class Cursor:
 class Batch:
     """Documents padded on the right with id 0; lengths (B,) counts real tokens.
 
-    input_ids (B, L) int64; completion (B, L) bool is true exactly where a token belongs to a completion.
+    input_ids (B, L) int64; completion (B, L) bool is true exactly where a token belongs to a completion. With `bounds`
+    (documents + 1,), int64 on the CPU, from 0 to L, there is one row and each document in it is to be read alone; none
+    of them has anything to learn in its first token.
     """
 
     input_ids: Tensor
     completion: Tensor
     lengths: Tensor
+    bounds: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,7 +58,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.completion.to(device), self.lengths.to(device))
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            completion=self.completion.to(device),
+            lengths=self.lengths.to(device),
+        )
 
 
 def write_corpus(
@@ -70,71 +76,13 @@ def write_corpus(
     """Writes documents of (prompt ids, completion ids, prompt ids, completion ids, ...) as a directory and opens it.
 
     Completions should end with the end-of-sequence id where the model is to learn to stop. `sources` is noted in
-    corpus.json, after the last document was taken. Raises BadInput when an id does not fit the vocabulary, and when
-    there is no completion token at all.
+    corpus.json. What was begun there before is written anew; `writer.write_documents` goes on with it. Raises BadInput
+    when an id does not fit the vocabulary, and when there is no completion token at all.
     """
-    root = Path(path)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "corpus.json").unlink(missing_ok=True)
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    digest = hashlib.sha256()
-    rows: list[tuple[int, int]] = []
-    gaps: list[tuple[int, int, int]] = []
-    total = completion_tokens = 0
-    partial = root / ".tokens.bin.tmp"
-    try:
-        with partial.open("wb") as out:
-            for document in documents:
-                ids = np.asarray([token for stretch in document for token in stretch], dtype=np.int64)
-                if not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
-                    raise BadInput(f"{root}: document {len(rows)} is empty or has an id outside 0..{vocab_size - 1}")
-                data = ids.astype(dtype).tobytes()
-                digest.update(data)
-                out.write(data)
-                ends = np.cumsum([len(stretch) for stretch in document]).tolist()
-                gaps += [(len(rows), ends[at - 1], ends[at]) for at in range(2, len(ends), 2)]
-                rows.append((total, len(document[0])))
-                total += len(ids)
-                completion_tokens += sum(map(len, document[1::2]))
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(root / "tokens.bin")
-    finally:
-        partial.unlink(missing_ok=True)
-    index = np.asarray([*rows, (total, 0)], dtype=np.int64)
-    digest.update(index.tobytes())
-    _check_counts(root, len(rows), completion_tokens)
-    _write_array(root / "index.npy", index)
-    if gaps:
-        digest.update(np.asarray(gaps, dtype=np.int64).tobytes())
-        _write_array(root / "gaps.npy", np.asarray(gaps, dtype=np.int64))
-    description = {
-        "format": FORMAT,
-        "documents": len(rows),
-        "tokens": total,
-        "completion_tokens": completion_tokens,
-        "dtype": dtype.str,
-        "vocab_size": vocab_size,
-        "tokenizer": fingerprint,
-        "sha256": digest.hexdigest(),
-        "gaps": len(gaps),
-        "sources": [dict(source) for source in sources],
-    }
-    records.write_json(root / "corpus.json", description)
+    root, noted = Path(path), [dict(source) for source in sources]
+    shutil.rmtree(root / writer.PART, ignore_errors=True)
+    writer.write_documents(root, lambda _: documents, fingerprint, vocab_size, noted)
     return Corpus(root)
-
-
-def _write_array(path: Path, array: npt.NDArray[np.int64]) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    records.write_bytes(path, buffer.getvalue())
-
-
-def _check_counts(root: Path, documents: int, completion_tokens: int) -> None:
-    if not documents:
-        raise BadInput(f"{root}: the corpus holds no document")
-    if not completion_tokens:
-        raise BadInput(f"{root}: no document has a completion token, so there is nothing to learn from")
 
 
 class Corpus:
@@ -152,18 +100,18 @@ class Corpus:
             dtype = np.dtype(description["dtype"])
             documents, tokens = int(description["documents"]), int(description["tokens"])
             completion_tokens, gaps = int(description["completion_tokens"]), int(description.get("gaps", 0))
-            known = description["format"] == FORMAT
+            known = description["format"] == writer.FORMAT
         except FileNotFoundError:
             raise BadInput(f"{described}: not found; the corpus is missing or was not written to its end") from None
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{described}: not a corpus description ({type(error).__name__}: {error})") from None
         if not known:
-            raise BadInput(f"{described}: format is {description['format']!r}, expected {FORMAT}")
+            raise BadInput(f"{described}: format is {description['format']!r}, expected {writer.FORMAT}")
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise BadInput(
                 f"{described}: tokenizer is {self.fingerprint}, expected {fingerprint}; tokenise the data again"
             )
-        _check_counts(self.path, documents, completion_tokens)
+        writer.check_counts(self.path, documents, completion_tokens)
         try:
             index = np.load(self.path / "index.npy")
             self._gaps: npt.NDArray[np.int64] = (
@@ -206,7 +154,7 @@ class Corpus:
         first, last = np.searchsorted(self._gaps[:, 0], (start, stop))
         part._gaps = self._gaps[first:last] - np.asarray([start, 0, 0])
         learnt = part.lengths.sum() - part.prompt_lengths.sum() - (part._gaps[:, 2] - part._gaps[:, 1]).sum()
-        _check_counts(self.path, len(part), int(learnt))
+        writer.check_counts(self.path, len(part), int(learnt))
         return part
 
     def document(self, index: int) -> tuple[list[int], list[int]]:
@@ -249,6 +197,13 @@ class Corpus:
         lengths = torch.full((len(rows),), length)
         return Batch(torch.from_numpy(ids), torch.from_numpy(completion), lengths)
 
+    def pack(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """The documents `indices` one behind another in one row, each to be read alone."""
+        bounds = torch.from_numpy(np.cumsum([0, *self.lengths[indices]]))
+        joined = self.stream(indices, range(1), int(bounds[-1]))
+        joined.completion[0, bounds[:-1]] = False
+        return replace(joined, bounds=bounds)
+
     def _completion(self, index: int) -> npt.NDArray[np.bool_]:
         """Which tokens of a document belong to a completion."""
         mask: npt.NDArray[np.bool_] = np.arange(self.lengths[index]) >= self.prompt_lengths[index]
@@ -282,47 +237,56 @@ def epoch_batches(
     return [groups[i] for i in random.permutation(len(groups))]
 
 
+def packed_batches(
+    lengths: npt.NDArray[np.int64], seed: int, epoch: int, batch_tokens: int
+) -> list[npt.NDArray[np.int64]]:
+    """As `epoch_batches`, for documents without padding between them: in any order, as many as fit."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    cuts, filled = [], 0
+    for place, length in enumerate(lengths[order].tolist()):
+        filled += length
+        if place and filled > batch_tokens:
+            cuts.append(place)
+            filled = length
+    return np.split(order, cuts)
+
+
 def batches(
-    corpus: Corpus, cursor: Cursor, batch_tokens: int, row_tokens: int | None = None
+    corpus: Corpus, cursor: Cursor, batch_tokens: int, row_tokens: int | None = None, packed: bool = False
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Endless batches from `cursor` on, each with the cursor that follows it.
 
-    Without `row_tokens` every document has a row of its own, so that neither attention nor convolution nor state sees
-    another one: what cross-entropy on isolated documents asks for. With it an epoch's documents, shuffled, are cut into
-    rows of that many tokens; a row begins anywhere and reads across documents. Where teacher and student read the same
-    row that is sound, and nothing is padding; a last part shorter than a row is left out.
+    Without `row_tokens` neither attention nor convolution nor state of a document sees another one, which is what
+    cross-entropy on isolated documents asks for: each has a row of its own, or where they are `packed` they share one
+    that says where each begins. With `row_tokens` an epoch's documents, shuffled, are cut into rows of that many
+    tokens; a row begins anywhere and reads across documents. Where teacher and student read the same row that is
+    sound, and nothing is padding; a last part shorter than a row is left out.
 
-    The n-th batch is a function of (corpus, seed, epoch, position, batch_tokens, row_tokens) alone, whatever the number
-    of processes, so that a run goes on exactly where it stopped. Raises BadInput when the cursor points behind its
-    epoch, and when the corpus does not fill one row.
+    The n-th batch is a function of all that is given but the number of processes, so that a run goes on exactly where
+    it stopped. Raises BadInput when the cursor points behind its epoch, and when the corpus does not fill one row.
     """
+    if row_tokens is not None and corpus.tokens < row_tokens:
+        raise BadInput(f"{corpus.path}: {corpus.tokens} tokens, fewer than a row of {row_tokens}")
+    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
+    while True:
+        makers = _epoch(corpus, seed, epoch, batch_tokens, row_tokens, packed)
+        if position >= len(makers):
+            raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {len(makers)} batches")
+        for place in range(position, len(makers)):
+            last = place + 1 == len(makers)
+            yield makers[place](), Cursor(seed, epoch + 1, 0) if last else Cursor(seed, epoch, place + 1)
+        epoch, position = epoch + 1, 0
+
+
+def _epoch(
+    corpus: Corpus, seed: int, epoch: int, batch_tokens: int, row_tokens: int | None, packed: bool
+) -> list[Callable[[], Batch]]:
+    """What makes each batch of an epoch."""
     if row_tokens is not None:
-        yield from _concatenated(corpus, cursor, max(1, batch_tokens // row_tokens), row_tokens)
-        return
-    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
-    while True:
-        groups = epoch_batches(corpus.lengths, seed, epoch, batch_tokens)
-        if position >= len(groups):
-            raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {len(groups)} batches")
-        for place in range(position, len(groups)):
-            last = place + 1 == len(groups)
-            following = Cursor(seed, epoch + 1, 0) if last else Cursor(seed, epoch, place + 1)
-            yield corpus.collate(groups[place]), following
-        epoch, position = epoch + 1, 0
-
-
-def _concatenated(corpus: Corpus, cursor: Cursor, rows: int, length: int) -> Iterator[tuple[Batch, Cursor]]:
-    """The batches of `rows` rows of `length` tokens, see `batches`."""
-    seed, epoch, position = cursor.seed, cursor.epoch, cursor.position
-    full = corpus.tokens // length
-    if not full:
-        raise BadInput(f"{corpus.path}: {corpus.tokens} tokens, fewer than a row of {length}")
-    count = -(-full // rows)
-    if position >= count:
-        raise BadInput(f"{corpus.path}: cursor position {position}, but an epoch has {count} batches")
-    while True:
         order = np.random.default_rng([seed, epoch]).permutation(len(corpus))
-        for place in range(position, count):
-            following = Cursor(seed, epoch + 1, 0) if place + 1 == count else Cursor(seed, epoch, place + 1)
-            yield corpus.stream(order, range(place * rows, min((place + 1) * rows, full)), length), following
-        epoch, position = epoch + 1, 0
+        rows, full = max(1, batch_tokens // row_tokens), corpus.tokens // row_tokens
+        starts = range(0, full, rows)
+        return [partial(corpus.stream, order, range(at, min(at + rows, full)), row_tokens) for at in starts]
+    if packed:
+        return [partial(corpus.pack, group) for group in packed_batches(corpus.lengths, seed, epoch, batch_tokens)]
+    return [partial(corpus.collate, group) for group in epoch_batches(corpus.lengths, seed, epoch, batch_tokens)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,20 @@ def mixed(
     """Documents of all sources until there are `tokens` of them; the next one always comes from the source that is
     furthest behind its weight, and a source that ends begins again. Without `tokens` every source is read once.
 
-    `counts` receives for every source its path, documents, tokens and how often it was begun. A function of the
-    sources alone. Raises BadInput naming the source and the row that cannot be used, or a source without rows.
+    `counts` holds for every source its path, documents, tokens, how often it was begun and the rows of it that were
+    taken since; given those of any moment the documents after it follow. A function of the sources alone. Raises
+    BadInput naming the source and the row that cannot be used, or a source without rows.
     """
-    counts[:] = [{"path": source.path, "documents": 0, "tokens": 0, "passes": 1} for source in sources]
-    streams = [documents(source, tokenizer) for source in sources]
+    if not counts:
+        counts += [{"path": source.path, "documents": 0, "tokens": 0, "passes": 1, "rows": 0} for source in sources]
+    streams = [documents(source, tokenizer, count["rows"]) for source, count in zip(sources, counts, strict=True)]
     open_ = list(range(len(sources)))
     while open_ and (tokens is None or sum(count["tokens"] for count in counts) < tokens):
         at = min(open_, key=lambda index: (counts[index]["tokens"] / sources[index].weight, index))
         count, document = counts[at], next(streams[at], None)
         if document is not None:
             count["documents"] += 1
+            count["rows"] += 1
             count["tokens"] += sum(map(len, document))
             yield document
         elif not count["documents"]:
@@ -75,12 +78,14 @@ def mixed(
             open_.remove(at)
         else:
             count["passes"] += 1
+            count["rows"] = 0
             streams[at] = documents(sources[at], tokenizer)
 
 
-def documents(source: Source, tokenizer: Tokenizer) -> Iterator[Document]:
-    """One pass over a source. Raises BadInput naming the file, the row and the field that is the matter."""
-    for where, row in rows(source):
+def documents(source: Source, tokenizer: Tokenizer, skip: int = 0) -> Iterator[Document]:
+    """One pass over a source behind its first `skip` rows, each of which is a document. Raises BadInput naming the
+    file, the row and the field that is the matter."""
+    for where, row in islice(rows(source), skip, None):
         if not isinstance(row, Mapping):
             raise BadInput(f"{where}: expected an object, got {type(row).__name__}")
         if "messages" in row:

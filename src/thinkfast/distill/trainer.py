@@ -208,8 +208,8 @@ def batch_loss(loss: Loss, teacher: Decoder, student: Decoder, batch: Batch, cou
     taught = None
     if loss.needs_teacher:
         with torch.no_grad():
-            taught = teacher.hidden(batch.input_ids)
-    learned, mask = student.hidden(batch.input_ids), prediction_mask(batch.completion)
+            taught = teacher.hidden(batch.input_ids, bounds=batch.bounds)
+    learned, mask = student.hidden(batch.input_ids, bounds=batch.bounds), prediction_mask(batch.completion)
     return chunked_loss(
         loss, learned, student.head_weight, taught, teacher.head_weight, batch.input_ids, mask, count=count
     )
@@ -284,7 +284,8 @@ class _Run:
         self._tokens = 0
 
     def gather(self, stream: Iterator[tuple[Batch, Cursor]]) -> list[Batch]:
-        """The batches of the next step, those without anything to learn left out."""
+        """The batches of the next step, those without anything to learn left out. Raises BadInput where a whole epoch
+        has nothing else."""
         found: list[Batch] = []
         self._tokens = self.counters.tokens
         while len(found) < self.settings.accumulate:
@@ -292,6 +293,8 @@ class _Run:
             if self.task.valid(batch):
                 found.append(batch)
                 self._tokens += batch.tokens
+            elif not found and self._cursor.epoch > self.counters.cursor.epoch + 1:
+                raise BadInput(f"{self.task.stage}: no batch of an epoch has a token to learn that follows another one")
         return found
 
     def gradient(self, step: Sequence[Batch]) -> tuple[float, float]:

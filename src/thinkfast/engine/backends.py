@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from thinkfast.engine.sampling import draw
+from thinkfast.engine.sampling import ERROR, LENGTH, STOP, draw
 from thinkfast.engine.slots import Finished, SlotTable
 from thinkfast.errors import BadInput
 from thinkfast.model.cache import AttentionCache, Cache, new_cache
@@ -25,6 +25,7 @@ from thinkfast.ops.triton import runs, usable
 KV_DTYPES = ("auto", "float32", "bfloat16")
 AHEAD, IDLE = 16, 32  # steps of the native kernels in a row
 FEW, SHORT = 4, 8
+ENDS = ("", STOP, ERROR, LENGTH)  # of `collect`
 BACKENDS = ("auto", "native", "triton", "torch")
 Drawn = tuple[NDArray[np.int32], NDArray[np.float64]]
 
@@ -64,6 +65,8 @@ class Ahead(Protocol):
 
 def decode(memory: Memory, table: SlotTable, rows: NDArray[np.int32], seconds: float) -> list[Finished]:
     """One step of the slots in `rows`, or several at once where the memory can: what they end."""
+    if isinstance(memory, NativeMemory) and not table.stops:
+        return memory.settle(table, rows, *memory.run_ahead(table, rows, seconds))
     if isinstance(memory, Ahead):
         return table.advance_all(rows, *memory.run_ahead(table, rows, seconds))
     return table.advance(rows, *memory.step(table, rows))
@@ -197,19 +200,21 @@ class NativeMemory:
         seconds: float,
         logits: NDArray[np.float32] | None,
     ) -> Drawn:
-        tokens, logprobs = np.empty((steps, len(rows)), np.int32), np.empty((steps, len(rows)), np.float64)
-        for params, at in table.groups(rows):
-            part = rows[at]
-            columns = (table.token[part], table.position[part], table.key[part], table.count[part])
-            seen = None if logits is None else np.empty((len(part), logits.shape[1]), np.float32)
-            how = (params.temperature, params.top_k, params.top_p)
-            limits = (table.room(part), table.ends(part), table.eos)
-            tokens[:, at], logprobs[:, at] = self._pool.burst(
-                part, *columns, *how, steps, *limits, seconds, self._interrupted, seen
-            )
-            if logits is not None:
-                logits[at] = seen
-        return tokens, logprobs
+        columns = (table.token[rows], table.position[rows], table.key[rows], table.count[rows], table.way[rows])
+        limits = (table.room(rows), table.ends(rows), table.eos)
+        return self._pool.burst(rows, *columns, steps, *limits, seconds, self._interrupted, logits)
+
+    def settle(
+        self, table: SlotTable, rows: NDArray[np.int32], tokens: NDArray[np.int32], logprobs: NDArray[np.float64]
+    ) -> list[Finished]:
+        """`SlotTable.advance_all` in the kernels, where there are no stop sequences."""
+        columns = (table.count, table.token, table.position, table.logprob)
+        limits = (table.ends(rows), table.eos, table.limit)
+        reasons = self._pool.collect(rows, tokens, logprobs, *limits, columns, table.history, table.history_logprob)
+        finished = [Finished(int(rows[at]), ENDS[reasons[at]]) for at in np.flatnonzero(reasons)]
+        for done in finished:
+            table.active[done.slot] = False
+        return finished
 
 
 class TorchBackend:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from thinkfast.engine.backends import Ahead, decode
 from thinkfast.engine.engine import Engine
 from thinkfast.engine.prefill import Prefix, Shelf, feed
-from thinkfast.engine.request import CANCELLED, CLOSED, COMPLETE, Closed, Drawn, Listener, Piece, Request
+from thinkfast.engine.request import CANCELLED, CLOSED, COMPLETE, Closed, Drawn, Event, Listener, Piece, Request
 from thinkfast.engine.sampling import DEADLINE, STOP, SamplingParams, likeliest, prompt_key, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
@@ -78,6 +79,7 @@ class LiveEngine:
         shelf = min(SHELF_BYTES, room.kept // 8)
         self.slots, self._room, self._shelf = room.slots, room.kept - shelf, Shelf(shelf)
         self._memory = engine.open_memory(self.slots, self.capacity)
+        self._interrupt = self._memory.interrupt if isinstance(self._memory, Ahead) else lambda on: None
         self._vocab = config.vocab_size
         self._table = SlotTable(self.slots, SamplingParams(), config.vocab_size, config.eos_token_ids, self.capacity)
         self._owner: list[Ticket | None] = [None] * self.slots
@@ -85,6 +87,7 @@ class LiveEngine:
         self._commands, self._wake = deque[Callable[[], None]](), threading.Condition()
         self._pace, self._flushed = 0.0, 0.0
         self._stepped = math.inf  # when the step before this one ended, where nothing but work lies between
+        self._told: list[tuple[Listener, Event]] = []
         self._refusing, self._settled = False, True  # settled: every prompt is fed and has had its turn
         self._thread = threading.Thread(target=self._run, name="thinkfast-engine", daemon=True)
         self._thread.start()
@@ -127,8 +130,8 @@ class LiveEngine:
         """Has the thread call `call` between two steps, or else behind those that are being made in a row."""
         with self._wake:
             self._commands.append(call)
-            if at_once and isinstance(self._memory, Ahead):
-                self._memory.interrupt(True)
+            if at_once:
+                self._interrupt(True)
             self._wake.notify()
 
     def hand_back(self, by: float = 0.0) -> None:
@@ -157,11 +160,11 @@ class LiveEngine:
             if reason == DEADLINE:
                 self._tell_piece(ticket, index, slot)
                 sample = self._table.sample(slot, DEADLINE, time.monotonic(), ticket.submitted)
-                ticket.listener(Drawn(index, sample))
+                self._told.append((ticket.listener, Drawn(index, sample)))
             self._free(slot)
         if ticket.prefix.ready and all(t.prefix is not ticket.prefix for t in self._live):
             self._shelf.put(ticket.prefix)
-        ticket.listener(Closed(reason))
+        self._told.append((ticket.listener, Closed(reason)))
 
     def end_sample(self, ticket: Ticket, index: int) -> None:
         """In the thread: ends one sample with reason "stop", where it still runs."""
@@ -176,18 +179,27 @@ class LiveEngine:
             self.broken = f"{type(error).__name__}: {error}"
             self._refusing = True
             self._close_all(self.broken)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Hands over what has happened: just before a step, since who is told wants to run at once, in Python."""
+        told, self._told = self._told, []
+        for listener, event in told:
+            listener(event)
 
     def _await_work(self) -> bool:
         """Sleeps until there is work, obeys the commands; False when it is over."""
         with self._wake:
             while not self._commands and not self._live:
+                if self._told:
+                    self._tell()  # may command something
+                    continue
                 if self._refusing:
                     return False
                 self._stepped = math.inf
                 self._wake.wait()
             commands, self._commands = self._commands, deque()
-            if isinstance(self._memory, Ahead):
-                self._memory.interrupt(False)
+            self._interrupt(False)
         for call in commands:
             call()
         return True
@@ -206,10 +218,12 @@ class LiveEngine:
         self._admit()
         rows = np.flatnonzero(self._table.active).astype(np.int32)
         if not len(rows):
+            self._tell()
             return
         logits, before = None, self._table.position[rows]
         if any(t.request.alternatives for t in self._live):
             logits = np.empty((len(rows), self._vocab), np.float32)
+        self._tell()
         if logits is None:
             due = min(ticket.deadline for ticket in self._live)
             finished = decode(self._memory, self._table, rows, due - time.monotonic())
@@ -264,12 +278,16 @@ class LiveEngine:
             return
         now = time.monotonic()
         share = max(1, self.slots // max(1, len(self._live)))
-        waiting = [ticket for ticket in ready if ticket.unstarted(now, self._pace)]
-        while free and waiting:
-            ticket = min(waiting, key=lambda t: _turn_of(t, share))
-            self._start(ticket, free.pop(), now)
-            if not ticket.unstarted(now, self._pace):
-                waiting.remove(ticket)
+        if free:
+            waiting = [(_turn_of(t, share), at) for at, t in enumerate(ready) if t.unstarted(now, self._pace)]
+            heapify(waiting)
+            while free and waiting:
+                at = waiting[0][1]
+                self._start(ready[at], free.pop(), now)
+                if ready[at].unstarted(now, self._pace):
+                    heapreplace(waiting, (_turn_of(ready[at], share), at))
+                else:
+                    heappop(waiting)
         for ticket in sorted(new, key=lambda t: t.deadline):
             ticket.new = False
             while len(ticket.running) < share and ticket.unstarted(now, self._pace):
@@ -325,7 +343,7 @@ class LiveEngine:
         sample = self._table.sample(slot, reason, now, ticket.submitted)
         ticket.shortest = min(ticket.shortest, len(sample.token_ids))
         self._free(slot)
-        ticket.listener(Drawn(index, sample))
+        self._told.append((ticket.listener, Drawn(index, sample)))
 
     def _tell_piece(self, ticket: Ticket, index: int, slot: int) -> None:
         since, until = ticket.sent[index], int(self._table.count[slot])
@@ -334,7 +352,8 @@ class LiveEngine:
         tokens = tuple(self._table.history[slot, since:until].tolist())
         logprobs = tuple(self._table.history_logprob[slot, since:until].tolist())
         ticket.sent[index] = until
-        ticket.listener(Piece(index, tokens, logprobs, tuple(ticket.likely.get(index, ())[since:until])))
+        piece = Piece(index, tokens, logprobs, tuple(ticket.likely.get(index, ())[since:until]))
+        self._told.append((ticket.listener, piece))
 
     def _note_likely(self, rows: NDArray[np.int32], tokens: NDArray[np.int32], logits: NDArray[np.float32]) -> None:
         for at, slot in enumerate(rows.tolist()):

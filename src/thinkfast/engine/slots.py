@@ -84,19 +84,23 @@ class SlotTable:
         self.history_logprob = np.zeros((slots, width), np.float64)
         self.eos = np.zeros(vocab, bool)
         self.eos[[token for token in eos if 0 <= token < vocab]] = True
+        self.stops = False
+        """Whether a sample may end with a stop sequence."""
         self._stop_last = np.zeros(vocab, bool)
-        self._limit = np.zeros(slots, np.int64)
+        self.limit = np.zeros(slots, np.int64)
         self._runs_on = np.zeros(slots, bool)
-        self._how = np.zeros((slots, 3), np.float64)  # temperature, top_k, top_p
+        self.way = np.zeros((slots, 3), np.float64)
+        """Temperature, top_p and top_k."""
         for slot in range(slots):
             self._set(slot, params)
 
     def _set(self, slot: int, params: SamplingParams) -> None:
         self.params[slot] = params
-        self._limit[slot] = min(params.max_tokens, self.history.shape[1])
+        self.limit[slot] = min(params.max_tokens, self.history.shape[1])
         self._runs_on[slot] = params.ignore_eos
-        self._how[slot] = params.temperature, params.top_k, params.top_p
+        self.way[slot] = params.temperature, params.top_p, params.top_k
         # Stays marked when the sample is gone: a mark only makes `advance` look closer.
+        self.stops |= bool(params.stop)
         self._stop_last[[stop[-1] for stop in params.stop if 0 <= stop[-1] < len(self._stop_last)]] = True
 
     def admit(
@@ -118,7 +122,7 @@ class SlotTable:
 
     def groups(self, rows: NDArray[np.int32]) -> list[tuple[SamplingParams, NDArray[np.intp] | slice]]:
         """The places in `rows` whose tokens are drawn in one way (temperature, top_k, top_p), for every such way."""
-        how = self._how[rows]
+        how = self.way[rows]
         if not len(rows) or (how == how[0]).all():
             return [(self.params[rows[0]], slice(None))] if len(rows) else []
         _, first, group = np.unique(how, axis=0, return_index=True, return_inverse=True)
@@ -126,7 +130,7 @@ class SlotTable:
 
     def room(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
         """How many tokens each of the slots may still draw, at least one."""
-        left: NDArray[np.int32] = np.maximum(self._limit[rows] - self.count[rows], 1).astype(np.int32)
+        left: NDArray[np.int32] = np.maximum(self.limit[rows] - self.count[rows], 1).astype(np.int32)
         return left
 
     def ends(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -146,7 +150,7 @@ class SlotTable:
         count += ~(ended | broken)
         self.count[rows], self.token[rows] = count, known
         self.position[rows] += 1
-        full = count >= self._limit[rows]
+        full = count >= self.limit[rows]
         candidates = np.flatnonzero(broken | ended | full | self._stop_last[known])
         finished = []
         for at in candidates:
@@ -178,7 +182,7 @@ class SlotTable:
                 finished += self.advance(rows[on], drawn[on], scores[on])
             return finished
         held = self.count[rows]
-        taken = (tokens != NOT_DRAWN) & (held + np.arange(len(tokens))[:, None] < self._limit[rows])
+        taken = (tokens != NOT_DRAWN) & (held + np.arange(len(tokens))[:, None] < self.limit[rows])
         broken = taken & (tokens < 0)
         ended = taken & self.eos[known] & ~broken & ~self._runs_on[rows]
         over = ended | broken
@@ -193,7 +197,7 @@ class SlotTable:
         some = np.flatnonzero(length)
         self.count[rows], self.token[rows[some]] = count, known[length[some] - 1, some]
         self.position[rows] += length.astype(np.int32)
-        full = count >= self._limit[rows]
+        full = count >= self.limit[rows]
         finished = []
         for row in np.flatnonzero(broke | stopped | full):
             reason = ERROR if broke[row] else STOP if stopped[row] else LENGTH

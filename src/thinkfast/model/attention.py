@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from thinkfast.model.cache import AttentionCache
 from thinkfast.model.config import DecoderConfig
-from thinkfast.model.layers import RMSNorm, apply_rope, rope_frequencies
+from thinkfast.model.layers import RMSNorm, apply_rope, by_document, rope_frequencies
 from thinkfast.ops.cpu import training
 
 
@@ -33,29 +33,38 @@ class Attention(nn.Module):
         frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.rotary_dim)
         self.register_buffer("frequency", frequency, persistent=False)
 
-    def forward(self, u: Tensor, cache: AttentionCache | None = None) -> Tensor:
-        """u (B, L, D) -> (B, L, D). With a cache the L tokens are appended at each row's own length."""
+    def forward(self, u: Tensor, cache: AttentionCache | None = None, bounds: Tensor | None = None) -> Tensor:
+        """u (B, L, D) -> (B, L, D). With a cache the L tokens are appended at each row's own length; with `bounds` one
+        row holds several documents, see `Decoder.hidden`."""
         batch, length, _ = u.shape
         v = self.v_proj(u).view(batch, length, self.num_kv_heads, self.head_dim)
-        positions = torch.arange(length, device=u.device)
-        if cache is not None:
-            positions = cache.lengths[:, None] + positions
-        if cache is None and self.head_dim % (2 * training.BLOCK) == 0 and training.usable(u, v):
-            fused: Tensor = self.o_proj(training.attention(*self._projected(u), v, positions[:, None] * self.frequency))
-            return fused
-        q, k = self.queries_keys(u, positions)
-        v = v.transpose(1, 2)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            keys, values = cache.append(k, v)
-            slots = torch.arange(keys.shape[2], device=u.device)
-            visible = slots <= positions[:, :, None]
-            y = F.scaled_dot_product_attention(
-                q, keys.to(q.dtype), values.to(q.dtype), attn_mask=visible[:, None], enable_gqa=True
-            )
-        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+            q, k = self._projected(u)
+            if self.head_dim % (2 * training.BLOCK) == 0 and training.usable(u, v):
+                angles = torch.arange(length, device=u.device)[:, None] * self.frequency
+                y = training.attention(q, k, v, angles, bounds)
+            else:
+                y = by_document(self._attended, bounds, q, k, v)
+            return self._out(y)
+        positions = cache.lengths[:, None] + torch.arange(length, device=u.device)
+        q, k = self.queries_keys(u, positions)
+        keys, values = cache.append(k, v.transpose(1, 2))
+        visible = torch.arange(keys.shape[2], device=u.device) <= positions[:, :, None]
+        y = F.scaled_dot_product_attention(
+            q, keys.to(q.dtype), values.to(q.dtype), attn_mask=visible[:, None], enable_gqa=True
+        )
+        return self._out(y.transpose(1, 2).reshape(batch, length, -1))
+
+    def _out(self, y: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(y)
         return out
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What queries (B, L, H, P) read of keys and values (B, L, KVH, P), turned by their places -> (B, L, H * P)."""
+        positions = torch.arange(q.shape[1], device=q.device)
+        q, k = (apply_rope(x, positions, self.frequency).transpose(1, 2) for x in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
 
     def queries_keys(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Turned queries (B, H, L, P) and keys (B, KVH, L, P) of inputs u (B, L, D) at positions (B, L) or (L,)."""

@@ -28,21 +28,21 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def mix(self, u: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def mix(self, u: Tensor, cache: LayerCache | None = None, bounds: Tensor | None = None) -> Tensor:
         """The mixer's output for a normed input u (B, L, D)."""
         if isinstance(self.mixer, Attention):
             if isinstance(cache, MambaCache):
                 raise ValueError("an attention layer was given the state of a Mamba layer")
-            attended: Tensor = self.mixer(u, cache)
+            attended: Tensor = self.mixer(u, cache, bounds)
             return attended
         if isinstance(cache, AttentionCache):
             raise ValueError("a Mamba layer was given keys and values")
-        mixed: Tensor = self.mixer(u, cache)
+        mixed: Tensor = self.mixer(u, cache, bounds)
         return mixed
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, bounds: Tensor | None = None) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
-        x = x + self.mix(self.input_layernorm(x), cache)
+        x = x + self.mix(self.input_layernorm(x), cache, bounds)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -68,16 +68,32 @@ class Decoder(nn.Module):
         """The output projection, (vocab, D)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """The states after the final norm, (B, L, D)."""
+    def hidden(self, input_ids: Tensor, cache: Cache | None = None, bounds: Tensor | None = None) -> Tensor:
+        """The states after the final norm, (B, L, D).
+
+        `bounds` (documents + 1,), int64 on the CPU, from 0 to L: one row holds several documents one behind another,
+        and convolution, state, attention and positions begin anew with each. Raises ValueError for bounds that do not
+        fit the row, or beside a cache.
+        """
+        if bounds is not None:
+            _check_bounds(bounds, input_ids, cache)
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
+                x = checkpoint(layer, x, None, bounds, use_reentrant=False)
             else:
-                x = layer(x, None if cache is None else cache.layers[index])
+                x = layer(x, None if cache is None else cache.layers[index], bounds)
         normed: Tensor = self.norm(x)
         return normed
 
     def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         return F.linear(self.hidden(input_ids, cache), self.head_weight)
+
+
+def _check_bounds(bounds: Tensor, input_ids: Tensor, cache: Cache | None) -> None:
+    """A kernel that is given other bounds would write behind its memory."""
+    if cache is not None:
+        raise ValueError("several documents in a row cannot follow a cache")
+    ends = (int(bounds[0]), int(bounds[-1]))
+    if input_ids.shape[0] != 1 or ends != (0, input_ids.shape[1]) or not bool((bounds.diff() > 0).all()):
+        raise ValueError(f"bounds from {ends[0]} to {ends[1]} do not divide a batch of shape {tuple(input_ids.shape)}")

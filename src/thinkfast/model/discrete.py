@@ -7,6 +7,7 @@ the convolution has no activation; the output is gated, silu(z + z_bias), and no
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import MambaCache
 from thinkfast.model.config import DISCRETE, DecoderConfig, MambaConfig
+from thinkfast.model.layers import by_document
 from thinkfast.model.mixer import (
     COPIED,
     FITTED,
@@ -49,10 +51,16 @@ class DiscreteMamba2(StateMixer):
         self.D = nn.Parameter(torch.ones(shape.n_heads))
         self.out_proj = nn.Linear(shape.d_inner, config.hidden_size, bias=False)
 
-    def forward(self, u: Tensor, cache: MambaCache | None = None) -> Tensor:
-        """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place."""
-        z, x, log_decay, B, C = self._inputs(u, cache)
-        if cache is not None and u.shape[1] == 1:
+    def forward(self, u: Tensor, cache: MambaCache | None = None, bounds: Tensor | None = None) -> Tensor:
+        """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place.
+        With `bounds` one row holds several documents, see `Decoder.hidden`."""
+        out: Tensor = self.out_proj(by_document(partial(self._mixed, cache=cache), bounds, self.in_proj(u)))
+        return out
+
+    def _mixed(self, rows: Tensor, cache: MambaCache | None) -> Tensor:
+        """What in_proj gives (B, L, x + B + C + z + a) -> what out_proj takes (B, L, d_inner)."""
+        z, x, log_decay, B, C = self._inputs(rows, cache)
+        if cache is not None and rows.shape[1] == 1:
             y, state = decayed_step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], cache.state)
             y = y[:, None]
         else:
@@ -61,18 +69,17 @@ class DiscreteMamba2(StateMixer):
         if cache is not None:
             cache.state.copy_(state)
         y = (y + self.D.float()[:, None] * x).reshape(z.shape)
-        out: Tensor = self.out_proj((y * F.silu((z + self.z_bias).float())).to(u.dtype))
-        return out
+        return (y * F.silu((z + self.z_bias).float())).to(rows.dtype)
 
-    def _inputs(self, u: Tensor, cache: MambaCache | None) -> tuple[Tensor, ...]:
+    def _inputs(self, rows: Tensor, cache: MambaCache | None) -> tuple[Tensor, ...]:
         """z, x, the logarithm of the decay, B and C of the recurrence, all but z in float32."""
         shape = self.shape
-        xbc, z, a = torch.split(self.in_proj(u), [shape.conv_dim, shape.d_inner, shape.n_heads], dim=-1)
+        xbc, z, a = torch.split(rows, [shape.conv_dim, shape.d_inner, shape.n_heads], dim=-1)
         x, B, C = split_channels(convolve(self.conv1d, xbc, cache), shape)
         return z, x, -F.softplus(a.float()), B, C
 
     def matrix(self, u: Tensor) -> Tensor:
-        _, _, log_decay, B, C = self._inputs(u, None)
+        _, _, log_decay, B, C = self._inputs(self.in_proj(u), None)
         return decayed_matrix(log_decay, B, C) + torch.diag_embed(self.D.float()[:, None].expand(-1, u.shape[1]))
 
     @staticmethod

@@ -6,6 +6,7 @@ Shape letters: B batch, L length, D hidden, H heads, P head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,17 @@ class SwiGLU(nn.Module):
             return training.swiglu(x, *weights)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
+
+
+def by_document(compute: Callable[..., Tensor], bounds: Tensor | None, *rows: Tensor) -> Tensor:
+    """compute(*rows) for tensors (B, L, ...) that give one (B, L, ...): whatever looks back along L.
+
+    With `bounds` (documents + 1,), from 0 to L, each document is computed alone, as if it began a row.
+    """
+    if bounds is None:
+        return compute(*rows)
+    sizes = bounds.diff().tolist()
+    return torch.cat([compute(*parts) for parts in zip(*(torch.split(t, sizes, 1) for t in rows), strict=True)], 1)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, rotary_dim: int | None = None) -> Tensor:

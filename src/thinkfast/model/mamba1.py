@@ -11,6 +11,7 @@ In a `MambaConfig`: n_heads query heads of head_dim channels, n_groups key/value
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from thinkfast.errors import BadInput
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import MambaCache
 from thinkfast.model.config import MAMBA1, DecoderConfig, MambaConfig
+from thinkfast.model.layers import by_document
 from thinkfast.model.mixer import (
     CONV_GAIN,
     COPIED,
@@ -69,14 +71,21 @@ class Mamba1(StateMixer):
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, hidden, bias=False)
 
-    def forward(self, u: Tensor, cache: MambaCache | None = None) -> Tensor:
-        """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place."""
-        shape = self.shape
-        batch, length, _ = u.shape
-        x = F.silu(convolve(self.conv1d, self._repeated(self.in_proj_x(u)), cache)).float()
-        groups = (batch, length, -1, shape.d_state)
-        B, C = self._repeated(self.B_proj(u)).float().view(groups), self.C_proj(u).float().view(groups)
+    def forward(self, u: Tensor, cache: MambaCache | None = None, bounds: Tensor | None = None) -> Tensor:
+        """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place.
+        With `bounds` one row holds several documents, see `Decoder.hidden`."""
+        x, B, C = self._repeated(self.in_proj_x(u)), self._repeated(self.B_proj(u)), self.C_proj(u)
         dt = F.softplus(self.dt_proj(self.dt_proj_down(u)).float())
+        y = by_document(partial(self._scanned, cache=cache), bounds, x, dt, B, C)
+        out: Tensor = self.out_proj((y * F.silu(self.in_proj_z(u).float())).to(u.dtype))
+        return out
+
+    def _scanned(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, cache: MambaCache | None) -> Tensor:
+        """Convolution and scan of x, dt, B and C (B, L, H * P) -> (B, L, H * P) in float32."""
+        shape = self.shape
+        batch, length, _ = x.shape
+        x = F.silu(convolve(self.conv1d, x, cache)).float()
+        B, C = (t.float().reshape(batch, length, -1, shape.d_state) for t in (B, C))
         A, D = -torch.exp(self.A_log.float()), self.D.float()
         held = None if cache is None else cache.state.view(batch, shape.d_inner, shape.d_state)
         if held is not None and length == 1:
@@ -86,8 +95,7 @@ class Mamba1(StateMixer):
             y, state = selective_chunked(x, dt, A, B, C, D, held)
         if cache is not None:
             cache.state.copy_(state.view(cache.state.shape))
-        out: Tensor = self.out_proj((y * F.silu(self.in_proj_z(u).float())).to(u.dtype))
-        return out
+        return y
 
     def _repeated(self, narrow: Tensor) -> Tensor:
         """(B, L, KVH * P) -> (B, L, H * P), whole heads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from thinkfast.errors import BadInput
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import MambaCache
 from thinkfast.model.config import MAMBA2, DecoderConfig, MambaConfig
+from thinkfast.model.layers import by_document
 from thinkfast.model.mixer import (
     CONV_GAIN,
     COPIED,
@@ -76,13 +78,19 @@ class Mamba2(StateMixer):
         self.norm = GroupedGatedNorm(shape.d_inner, shape.n_groups, config.rms_norm_eps)
         self.out_proj = nn.Linear(shape.d_inner, config.hidden_size, bias=False)
 
-    def forward(self, u: Tensor, cache: MambaCache | None = None) -> Tensor:
-        """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place."""
-        if cache is None and (fused := self._fused(u)) is not None:
+    def forward(self, u: Tensor, cache: MambaCache | None = None, bounds: Tensor | None = None) -> Tensor:
+        """u (B, L, D) -> (B, L, D). With a cache the L tokens follow those it has seen, and it is updated in place.
+        With `bounds` one row holds several documents, see `Decoder.hidden`."""
+        if cache is None and (fused := self._fused(u, bounds)) is not None:
             return fused
-        z, x, dt, A, B, C = self._inputs(u, cache)
+        out: Tensor = self.out_proj(by_document(partial(self._mixed, cache=cache), bounds, self.in_proj(u)))
+        return out
+
+    def _mixed(self, rows: Tensor, cache: MambaCache | None) -> Tensor:
+        """What in_proj gives (B, L, z + x + B + C + dt) -> what out_proj takes (B, L, d_inner)."""
+        z, x, dt, A, B, C = self._inputs(rows, cache)
         D = self.D.float()
-        if cache is not None and u.shape[1] == 1:
+        if cache is not None and rows.shape[1] == 1:
             y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, cache.state)
         else:
             held = None if cache is None else cache.state
@@ -90,10 +98,10 @@ class Mamba2(StateMixer):
             y, state = scan(x, dt, A, B, C, D, held, self.shape.chunk_size)
         if cache is not None:
             cache.state.copy_(state)
-        out: Tensor = self.out_proj(self.norm(y.reshape(z.shape), z))
-        return out
+        normed: Tensor = self.norm(y.reshape(z.shape), z)
+        return normed
 
-    def _fused(self, u: Tensor) -> Tensor | None:
+    def _fused(self, u: Tensor, bounds: Tensor | None = None) -> Tensor | None:
         """The same by the kernels for training, where they take it."""
         bias = self.conv1d.bias
         if bias is None or self.norm.groups != self.shape.n_groups:
@@ -104,19 +112,19 @@ class Mamba2(StateMixer):
         fused = training.MixerShape(*sizes, self.norm.eps)
         if not fused.fits or not training.usable(u, self.in_proj.weight, *weights):
             return None
-        out: Tensor = self.out_proj(training.mixer(self.in_proj(u), weights, fused))
+        out: Tensor = self.out_proj(training.mixer(self.in_proj(u), weights, fused, bounds))
         return out
 
-    def _inputs(self, u: Tensor, cache: MambaCache | None) -> tuple[Tensor, ...]:
+    def _inputs(self, rows: Tensor, cache: MambaCache | None) -> tuple[Tensor, ...]:
         """z, x, dt, A, B, C of the recurrence, all but z in float32."""
         shape = self.shape
-        z, xbc, dt = torch.split(self.in_proj(u), [shape.d_inner, shape.conv_dim, shape.n_heads], dim=-1)
+        z, xbc, dt = torch.split(rows, [shape.d_inner, shape.conv_dim, shape.n_heads], dim=-1)
         x, B, C = split_channels(F.silu(convolve(self.conv1d, xbc, cache)), shape)
         dt = F.softplus(dt.float() + self.dt_bias.float())
         return z, x, dt, -torch.exp(self.A_log.float()), B, C
 
     def matrix(self, u: Tensor) -> Tensor:
-        _, _, dt, A, B, C = self._inputs(u, None)
+        _, _, dt, A, B, C = self._inputs(self.in_proj(u), None)
         written = decayed_matrix(dt * A, B, C) * dt.transpose(1, 2)[:, :, None]
         return written + torch.diag_embed(self.D.float()[:, None].expand(-1, u.shape[1]))
 

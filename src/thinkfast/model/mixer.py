@@ -40,7 +40,7 @@ Part = tuple[int, str, str]
 
 
 class StateMixer(nn.Module, ABC):
-    """A mixer that carries a state of fixed size from token to token.
+    """A mixer that carries a state of fixed size from token to token: forward(u, cache, bounds).
 
     `normed`: its output does not depend on the scale of the recurrence's, position by position.
     """

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from thinkfast.engine.sampling import DEADLINE, STOP
@@ -186,5 +187,6 @@ def find_equal(grader: Grader, representatives: Sequence[str], answer: str) -> s
     return next((other for other in representatives if grader.equal(other, answer)), None)
 
 
+@lru_cache(4096)
 def _key(answer: str) -> Fraction | str:
     return Fraction(answer) if _PLAIN.fullmatch(answer) else answer

@@ -30,17 +30,34 @@ TF_INLINE void load_group(const Bf16* p, vec (&to)[kParts]) {
     for (int i = 0; i < kParts / 2; i++) load_pair(p + 2 * i * kLanes, to[i], to[i + kParts / 2]);
 }
 
-TF_INLINE void put(float* group, int i, float x) { group[i] = x; }
+TF_INLINE void store_group(float* p, const vec (&from)[kParts]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; i++) store(p + i * kLanes, from[i]);
+}
 
-TF_INLINE void put(Bf16* group, int i, float x) { group[place(i, kPage)] = rounded(x); }
+TF_INLINE void store_group(Bf16* p, const vec (&from)[kParts]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts / 2; i++) store_pair(p + 2 * i * kLanes, from[i], from[i + kParts / 2]);
+}
+
+TF_INLINE int at_place(const float*, int i) { return i; }
+
+TF_INLINE int at_place(const Bf16*, int i) { return place(i, kPage); }
 
 // Writes the key and value (head_dim padded to dim) of one token of a page.
 template <class T>
 static void append(T* page, int token, int dim, const float* k, const float* v) {
     T* row = page + (size_t)(kPage + token) * dim;
-    for (int d = 0; d < dim; d++) {
-        put(page + (size_t)kPage * d, token, k[d]);
-        put(row + d / kPage * kPage, d % kPage, v[d]);
+    T* column = page + at_place(page, token);
+    for (int d = 0; d < dim; d += kPage) {
+        T keys[kPage];
+        vec group[kParts];
+        load_group(v + d, group);
+        store_group(row + d, group);
+        load_group(k + d, group);
+        store_group(keys, group);
+#pragma GCC unroll 32
+        for (int i = 0; i < kPage; i++) column[(size_t)kPage * (d + i)] = keys[at_place(page, i)];
     }
 }
 
@@ -57,27 +74,25 @@ struct Query {
 // Scores of a page's 32 tokens for H queries. Meanwhile fetches as many bytes.
 template <int H, class T>
 static void score_page(const T* keys, int head_dim, Query* const* queries, float* scores, const char* ahead) {
-    vec acc[H][kParts];
-#pragma GCC unroll 8
-    for (int h = 0; h < H; h++)
-#pragma GCC unroll 4
-        for (int i = 0; i < kParts; i++) acc[h][i] = vec{};
+    // Two chains of sums, of even and of odd numbers of the keys: one alone would wait for itself.
+    vec acc[2][H][kParts] = {};
+    for (int d = 0; d < head_dim; d += 2)
 #pragma GCC unroll 2
-    for (int d = 0; d < head_dim; d++) {
-        fetch(ahead + (size_t)d * kPage * sizeof(T), kPage * sizeof(T));
-        vec k[kParts];
-        load_group(keys + (size_t)kPage * d, k);
+        for (int odd = 0; odd < 2; odd++) {
+            fetch(ahead + (size_t)(d + odd) * kPage * sizeof(T), kPage * sizeof(T));
+            vec k[kParts];
+            load_group(keys + (size_t)kPage * (d + odd), k);
 #pragma GCC unroll 8
-        for (int h = 0; h < H; h++) {
-            vec a = splat(queries[h]->q[d]);
+            for (int h = 0; h < H; h++) {
+                vec a = splat(queries[h]->q[d + odd]);
 #pragma GCC unroll 4
-            for (int i = 0; i < kParts; i++) acc[h][i] += a * k[i];
+                for (int i = 0; i < kParts; i++) acc[odd][h][i] += a * k[i];
+            }
         }
-    }
 #pragma GCC unroll 8
     for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
-        for (int i = 0; i < kParts; i++) store(scores + (size_t)h * kScores + i * kLanes, acc[h][i]);
+        for (int i = 0; i < kParts; i++) store(scores + (size_t)h * kScores + i * kLanes, acc[0][h][i] + acc[1][h][i]);
 }
 
 // Adds weight * value over `tokens` tokens of a page to the queries' sums.
@@ -110,16 +125,19 @@ static void weigh_page(const T* values, int dim, int tokens, Query* const* queri
     }
 }
 
-// Turns the scores of a chunk into exp(score - maximum), zero behind `tokens` of them, and rescales what came before.
+// Turns the scores of a chunk into 2^(score - maximum), zero behind `tokens` of them, and rescales what came before.
 static inline void soften(Query& query, float* scores, int tokens, int dim) {
     int padded = round_up(tokens, kPage);
     for (int t = tokens; t < padded; t++) scores[t] = -INFINITY;
-    vec tops = splat(query.top);
-    for (int t = 0; t < padded; t += kLanes) tops = larger(load(scores + t), tops);
-    float top = largest(tops);
+    vec even = splat(query.top), odd = even;
+    for (int t = 0; t < padded; t += 2 * kLanes) {
+        even = larger(load(scores + t), even);
+        odd = larger(load(scores + t + kLanes), odd);
+    }
+    float top = largest(larger(even, odd));
     vec m = splat(top), total = vec{}, rest = vec{};
     for (int t = 0; t < padded; t += 2 * kLanes) {
-        vec a = exp_upto88(load(scores + t) - m), b = exp_upto88(load(scores + t + kLanes) - m);
+        vec a = exp2_upto0(load(scores + t) - m), b = exp2_upto0(load(scores + t + kLanes) - m);
         store(scores + t, a);
         store(scores + t + kLanes, b);
         total += a;
@@ -129,7 +147,7 @@ static inline void soften(Query& query, float* scores, int tokens, int dim) {
         for (int d = 0; d < dim; d += kLanes) store(query.y + d, vec{});
         query.total = sum(total + rest);
     } else {
-        vec scale = exp_upto88(splat(query.top) - m);
+        vec scale = exp2_upto0(splat(query.top) - m);
         for (int d = 0; d < dim; d += kLanes) store(query.y + d, load(query.y + d) * scale);
         query.total = query.total * scale[0] + sum(total + rest);
     }

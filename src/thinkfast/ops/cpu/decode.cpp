@@ -49,18 +49,20 @@ void* tf_pool_new(const void* model, int32_t slots, int32_t capacity, int32_t ha
 
 void tf_pool_free(void* pool) { delete static_cast<tf::Pool*>(pool); }
 
-// Feeds one token to each of n distinct slots and draws the next, `steps` times in a row. Row i draws at most rooms[i] tokens
-// and, where ends[i], none behind a token that `eos` (vocab) marks or behind logits that are not finite; no row begins a step
-// but its first once `seconds` are over or *interrupted (which may be null) is set, by another thread perhaps.
+// Feeds one token to each of n distinct slots and draws the next, `steps` times in a row. Row i draws in the way of `ways` (n:
+// temperature, top p, top k) at most rooms[i] tokens and, where ends[i], none behind a token that `eos` (vocab) marks or
+// behind logits that are not finite; no row begins a step but its first once `seconds` are over or *interrupted (which may
+// be null) is set, by another thread perhaps.
 // out, logprobs: (steps, n); a token is -1 where the logits are not finite and -2 where none was drawn. logits: null or room
 // for (n, vocab), those of the last step. Returns 1 where no page is left; then nothing has been fed.
 int32_t tf_step(void* handle, int32_t n, const int32_t* slots, const int32_t* tokens, const int32_t* positions, const uint64_t* keys,
-                const int64_t* counters, double temperature, int32_t top_k, double top_p, int32_t steps, const int32_t* rooms,
-                const uint8_t* ends, const uint8_t* eos, double seconds, const volatile uint8_t* interrupted,
-                int32_t* out, double* logprobs, float* logits) {
+                const int64_t* counters, const double* ways, int32_t steps, const int32_t* rooms, const uint8_t* ends, const uint8_t* eos,
+                double seconds, const volatile uint8_t* interrupted, int32_t* out, double* logprobs, float* logits) {
     auto& pool = *static_cast<tf::Pool*>(handle);
     const tf::Model& m = pool.model;
-    tf::Burst burst{{temperature, top_p, top_k}, n, steps, tokens, positions, keys, counters, rooms, ends, eos, interrupted, out, logprobs, logits, {}};
+    std::vector<tf::Draw> how(n);
+    for (int i = 0; i < n; i++) how[i] = {ways[3 * i], ways[3 * i + 1], (int)ways[3 * i + 2]};
+    tf::Burst burst{how.data(), n, steps, slots, tokens, positions, keys, counters, rooms, ends, eos, interrupted, out, logprobs, logits, {}};
     burst.until = tf::Clock::now() + std::chrono::duration_cast<tf::Clock::duration>(std::chrono::duration<double>(std::min(seconds, 1e6)));
     std::fill(out, out + (size_t)steps * n, tf::kNone);
     std::fill(logprobs, logprobs + (size_t)steps * n, NAN);
@@ -74,22 +76,58 @@ int32_t tf_step(void* handle, int32_t n, const int32_t* slots, const int32_t* to
     }
     bool together = pool.together((n + 1) / 2);
     std::vector<int> starts = tf::cut(pool, positions, n, together ? 1 : pool.workers.count(), together ? tf::kTile : tf::kOwn);
-    int tiles = (int)starts.size() - 1;
+    std::vector<tf::Tile> tiles;
+    for (size_t i = 1; i < starts.size(); i++) tiles.push_back(tf::tile_of(burst, starts[i - 1], starts[i]));
     for (size_t i = 0; i < (together ? 1 : pool.scratch.size()); i++) pool.scratch[i]->logits.resize((size_t)tf::kTile * m.head.n);
-    if (!together)
-        pool.workers.share(tiles, [&](int thread, int index) {
-            tf::Scratch& s = *pool.scratch[thread];
-            bool late[2] = {};
-            tf::run_burst(pool, s, s.mine, burst, slots, starts[index], starts[index + 1], late, {});
-        });
-    else {
+    if (together) {
         bool late[2] = {};
         pool.workers.all([&](int thread) {
-            for (int i = 0; i < tiles; i++)
-                tf::run_burst(pool, *pool.scratch[0], pool.scratch[thread]->mine, burst, slots, starts[i], starts[i + 1], late, {thread, pool.workers.count(), &pool.barrier});
+            for (tf::Tile tile : tiles)
+                tf::run_burst(pool, *pool.scratch[0], pool.scratch[thread]->mine, burst, tile, late, {thread, pool.workers.count(), &pool.barrier}, nullptr);
         });
+        return 0;
     }
+    tf::Board board(std::move(tiles));
+    pool.workers.all([&](int thread) {
+        tf::Scratch& s = *pool.scratch[thread];
+        for (tf::Tile tile; board.take(tile); board.done()) {
+            bool late[2] = {};
+            tf::run_burst(pool, s, s.mine, burst, tile, late, {}, &board);
+        }
+    });
     return 0;
+}
+
+// Puts down what a burst has drawn: tokens and logprobs (steps, n). By slot: limits, the tokens a sample may have; counts,
+// last tokens, positions and sums of log-probabilities; histories of `width` each. A sample ends at a token that `eos` marks
+// where ends[i], which is not counted, at logits that were not finite, or at its limit: reasons (n) is then 1, 2 or 3, else 0.
+void tf_collect(int32_t n, int32_t steps, const int32_t* slots, const int32_t* tokens, const double* logprobs, const uint8_t* ends,
+                const uint8_t* eos, const int64_t* limits, int32_t width, int64_t* counts, int32_t* last, int32_t* positions, double* sums,
+                int32_t* history, double* scores, int8_t* reasons) {
+    for (int i = 0; i < n; i++) {
+        int slot = slots[i];
+        reasons[i] = 0;
+        for (int step = 0; step < steps && !reasons[i] && counts[slot] < limits[slot]; step++) {
+            size_t at = (size_t)step * n + i;
+            int token = tokens[at];
+            if (token == tf::kNone) break;
+            positions[slot]++;
+            last[slot] = std::max(token, 0);
+            if (token < 0) {
+                reasons[i] = 2;
+                continue;
+            }
+            sums[slot] += logprobs[at];
+            if (ends[i] && eos[token]) {
+                reasons[i] = 1;
+                continue;
+            }
+            size_t place = (size_t)slot * width + counts[slot];
+            history[place] = token;
+            scores[place] = logprobs[at];
+            if (++counts[slot] >= limits[slot]) reasons[i] = 3;
+        }
+    }
 }
 
 // Feeds ids[offsets[i] .. offsets[i + 1]) to slots[i] from position starts[i] on, every slot on its own. Returns 1 where no

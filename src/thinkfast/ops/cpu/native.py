@@ -43,6 +43,7 @@ MAMBA_TENSORS = (
     "mlp.up_proj.weight",
     "mlp.down_proj.weight",
 )
+BRIEF = ("tf_collect", "tf_resume", "tf_clear", "tf_sizes")
 MAX_TAPS = 64
 PAGE_TOKENS = 32
 COLUMNS = tuple(map(np.dtype, (np.int32, np.int32, np.int32, np.uint64, np.int64)))  # of a step
@@ -68,7 +69,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernels. Raises BuildError where they cannot be compiled or loaded."""
     path = build()
     try:
-        lib = ctypes.CDLL(str(path))
+        lib, brief = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
     except OSError as error:
         raise BuildError(f"cannot load {path}: {error}") from error
     pointer, i32, i64, f64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
@@ -77,7 +78,8 @@ def library() -> ctypes.CDLL:
         "tf_model_free": (None, [pointer]),
         "tf_pool_new": (pointer, [pointer, i32, i32, i32, i32, i64, pointer, pointer]),
         "tf_pool_free": (None, [pointer]),
-        "tf_step": (i32, [pointer, i32, *[pointer] * 5, f64, i32, f64, i32, *[pointer] * 3, f64, *[pointer] * 4]),
+        "tf_step": (i32, [pointer, i32, *[pointer] * 6, i32, *[pointer] * 3, f64, *[pointer] * 4]),
+        "tf_collect": (None, [i32, i32, *[pointer] * 6, i32, *[pointer] * 7]),
         "tf_prefill": (i32, [pointer, i32, *[pointer] * 4]),
         "tf_keep": (pointer, [pointer, i32, i32]),
         "tf_resume": (i32, [pointer, i32, pointer, i32]),
@@ -87,8 +89,10 @@ def library() -> ctypes.CDLL:
         "tf_sizes": (None, [pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(lib, name)
+        # What takes microseconds keeps Python's lock: to get it back behind another thread can take far longer.
+        function = getattr(brief if name in BRIEF else lib, name)
         function.restype, function.argtypes = result, arguments
+        setattr(lib, name, function)
     return lib
 
 
@@ -191,8 +195,8 @@ class NativePool:
         Raises MemoryError where no page is left; then nothing has been fed.
         """
         one = np.ones(len(slots), np.int32)
-        way = (temperature, top_k, top_p)
-        out, logprobs = self.burst(slots, tokens, positions, keys, counters, *way, 1, one, logits=logits)
+        ways = np.tile(np.array([temperature, top_p, top_k], np.float64), (len(slots), 1))
+        out, logprobs = self.burst(slots, tokens, positions, keys, counters, ways, 1, one, logits=logits)
         return out[0], logprobs[0]
 
     def burst(
@@ -202,9 +206,7 @@ class NativePool:
         positions: NDArray[np.int32],
         keys: NDArray[np.uint64],
         counters: NDArray[np.int64],
-        temperature: float,
-        top_k: int,
-        top_p: float,
+        ways: NDArray[np.float64],
         steps: int,
         rooms: NDArray[np.int32],
         ends: NDArray[np.bool_] | None = None,
@@ -215,9 +217,9 @@ class NativePool:
     ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """`step`, at most `steps` times in a row: tokens and log-probabilities, each (steps, n).
 
-        Row i draws at most rooms[i] tokens (1 or more); where ends[i] it draws none behind one that `eos` (vocab)
-        marks. No row begins a step but the first once `seconds` are over or the one value of `interrupted` is true,
-        which another thread may set. NOT_DRAWN stands where nothing was drawn.
+        Row i draws with temperature, top_p and top_k of ways[i], at most rooms[i] tokens (1 or more); where ends[i] it
+        draws none behind one that `eos` (vocab) marks. No row begins a step but the first once `seconds` are over or
+        the one value of `interrupted` is true, which another thread may set. NOT_DRAWN stands where nothing was drawn.
         `logits` receives those of each row's last step.
         """
         count = len(slots)
@@ -228,15 +230,41 @@ class NativePool:
         for array, kind in zip((*arrays, rooms, ends), (*COLUMNS, np.dtype(np.int32), np.dtype(bool)), strict=True):
             if array.dtype != kind or len(array) != count or not array.flags.c_contiguous:
                 raise ValueError(f"expected {count} contiguous {kind}, got {len(array)} {array.dtype}")
+        if ways.shape != (count, 3) or ways.dtype != np.float64 or not ways.flags.c_contiguous:
+            raise ValueError(f"expected contiguous float64 ({count}, 3), got {ways.dtype} {ways.shape}")
         if logits is not None and (logits.shape != (count, self._model.shape.vocab) or logits.dtype != np.float32):
             raise ValueError(f"logits must be float32 ({count}, {self._model.shape.vocab})")
-        given = [_address(array) for array in arrays]
+        given = [_address(array) for array in (*arrays, ways)]
         limits = [_address(array) for array in (rooms, ends, eos)]
         flag = None if interrupted is None else _address(interrupted)
         found = [_address(out), _address(logprobs), None if logits is None else _address(logits)]
-        way = (temperature, top_k, top_p, steps)
-        self._check(self._lib.tf_step(self._handle, count, *given, *way, *limits, seconds, flag, *found))
+        self._check(self._lib.tf_step(self._handle, count, *given, steps, *limits, seconds, flag, *found))
         return out, logprobs
+
+    def collect(
+        self,
+        slots: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        logprobs: NDArray[np.float64],
+        ends: NDArray[np.bool_],
+        eos: NDArray[np.bool_],
+        limits: NDArray[np.int64],
+        columns: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]],
+        history: NDArray[np.int32],
+        scores: NDArray[np.float64],
+    ) -> NDArray[np.int8]:
+        """Puts down in place what `burst` has drawn, until each sample's end; returns why each has ended (n).
+
+        By slot: limits (tokens at most), columns (counts, last tokens, positions, sums of log-probabilities), history
+        and scores (slots, width). Where ends[i] a token that `eos` marks ends a sample and is not counted. 0: goes on,
+        1: that, 2: logits that were not finite, 3: its limit.
+        """
+        steps, n = tokens.shape
+        reasons = np.empty(n, np.int8)
+        given = [_address(array) for array in (slots, tokens, logprobs, ends, eos, limits)]
+        kept = [_address(array) for array in (*columns, history, scores, reasons)]
+        self._lib.tf_collect(n, steps, *given, history.shape[1], *kept)
+        return reasons
 
     def prefill(
         self, slots: Sequence[int], prompts: Sequence[Sequence[int]], starts: Sequence[int] | None = None

@@ -66,7 +66,13 @@ struct Pool {
     void rotate(float* x, int position, float scale) const {
         int half = model.head_dim / 2;
         const float *c = &cos[(size_t)position * half], *s = &sin[(size_t)position * half];
-        for (int i = 0; i < half; i++) {
+        int i = 0;
+        for (; i + kLanes <= half; i += kLanes) {
+            vec first = load(x + i), second = load(x + i + half), cosine = load(c + i), sine = load(s + i);
+            store(x + i, (first * cosine - second * sine) * scale);
+            store(x + i + half, (second * cosine + first * sine) * scale);
+        }
+        for (; i < half; i++) {
             float first = x[i], second = x[i + half];
             x[i] = (first * c[i] - second * s[i]) * scale;
             x[i + half] = (second * c[i] + first * s[i]) * scale;
@@ -77,7 +83,7 @@ struct Pool {
     template <class T>
     void remember(const Layer& layer, const Row& row, float* qkv, float* y, Query* queries) const {
         const Model& m = model;
-        float scale = 1.0f / std::sqrt((float)m.head_dim);
+        float scale = 1.44269504f / std::sqrt((float)m.head_dim);  // scores are powers of two
         for (int h = 0; h < m.heads; h++) {
             float* q = qkv + (size_t)h * m.dim;
             rotate(q, row.position, scale);

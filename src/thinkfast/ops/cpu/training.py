@@ -90,20 +90,22 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return apply(x, gate, up, down)
 
 
-def mixer(rows: Tensor, weights: Sequence[Tensor], shape: MixerShape) -> Tensor:
+def mixer(rows: Tensor, weights: Sequence[Tensor], shape: MixerShape, bounds: Tensor | None = None) -> Tensor:
     """rows (B, L, z + x + B + C + dt), what in_proj gives -> (B, L, d_inner), what out_proj takes.
+
+    With `bounds` (documents + 1,), int64 from 0 to B * L, each document between two of them is a sequence of its own.
 
     `weights`: taps (Ch, 1, K) and bias (Ch,) of the convolution, dt_bias, A_log and D (H,), weight of the gated norm.
     """
     apply: Callable[..., Tensor] = _Mixer.apply
-    return apply(rows, shape, *weights)
+    return apply(rows, shape, bounds, *weights)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, bounds: Tensor | None = None) -> Tensor:
     """Causal attention of queries (B, L, H, P), turned by angles (L, P / 2) as `apply_rope` does, over keys, turned
-    alike, and values (B, L, KVH, P) -> (B, L, H * P). P is a multiple of 32."""
+    alike, and values (B, L, KVH, P) -> (B, L, H * P). P is a multiple of 32; `bounds` as for `mixer`."""
     apply: Callable[..., Tensor] = _Attention.apply
-    return apply(q, k, v, angles)
+    return apply(q, k, v, angles, bounds)
 
 
 def _call(name: str, *given: Tensor | float | Any) -> None:
@@ -163,13 +165,13 @@ class _Attention(torch.autograd.Function):
     """Keeps its inputs, its output and the logarithms of the softmax' sums."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, angles: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, bounds: Tensor | None) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         batch, length, heads, width = q.shape
-        sizes, bounds = (ctypes.c_int32 * 3)(heads, k.shape[2], width), torch.arange(batch + 1) * length
+        sizes, bounds = (ctypes.c_int32 * 3)(heads, k.shape[2], width), _bounds(bounds, batch, length)
         cosines, sines = angles.cos().contiguous(), angles.sin().contiguous()
         out, log_sums = q.new_empty(batch, length, heads * width), q.new_empty(batch, heads, length)
-        _call("tf_attend", sizes, cosines, sines, batch, bounds, q, k, v, out, log_sums)
+        _call("tf_attend", sizes, cosines, sines, len(bounds) - 1, bounds, q, k, v, out, log_sums)
         ctx.save_for_backward(q, k, v, cosines, sines, bounds, out, log_sums)
         return out
 
@@ -181,23 +183,23 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         given = (q, k, v, out, log_sums, dout.contiguous(), dq, dk, dv)
         _call("tf_attend_backward", sizes, cosines, sines, len(bounds) - 1, bounds, *given)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 class _Mixer(torch.autograd.Function):
     """Keeps its input, the recurrence's output and the states at the starts of chunks."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, shape: MixerShape, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, shape: MixerShape, bounds: Tensor | None, *weights: Tensor) -> Tensor:
         rows = rows.contiguous()
         batch, length, _ = rows.shape
         held = [weight.contiguous() for weight in weights]
         sizes = shape.sizes
-        chunks = -(-length // sizes[5])
+        bounds = _bounds(bounds, batch, length)
+        chunks = int((-(-bounds.diff() // sizes[5])).sum())
         y = rows.new_empty(batch, length, shape.heads * shape.head_dim)
-        out, states = torch.empty_like(y), rows.new_empty(batch * chunks * shape.heads, shape.d_state, shape.head_dim)
-        bounds = torch.arange(batch + 1) * length
-        _call("tf_mixer", sizes, shape.eps, _pointers(held), batch, bounds, rows, y, out, states)
+        out, states = torch.empty_like(y), rows.new_empty(chunks * shape.heads, shape.d_state, shape.head_dim)
+        _call("tf_mixer", sizes, shape.eps, _pointers(held), len(bounds) - 1, bounds, rows, y, out, states)
         ctx.save_for_backward(rows, y, states, bounds, *held)
         ctx.shape = shape
         return out
@@ -212,7 +214,12 @@ class _Mixer(torch.autograd.Function):
         given = (rows, y, states, dout.contiguous(), drows, sums)
         _call("tf_mixer_backward", shape.sizes, shape.eps, _pointers(held), len(bounds) - 1, bounds, *given)
         parts = sums.sum(0).split([weight.numel() for weight in held])
-        return drows, None, *(part.view(weight.shape) for part, weight in zip(parts, held, strict=True))
+        return drows, None, None, *(part.view(weight.shape) for part, weight in zip(parts, held, strict=True))
+
+
+def _bounds(given: Tensor | None, batch: int, length: int) -> Tensor:
+    """Where sequences begin and end among all rows: those given, or each row of the batch."""
+    return torch.arange(batch + 1) * length if given is None else given.contiguous()
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:

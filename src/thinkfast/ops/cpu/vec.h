@@ -54,10 +54,12 @@ TF_INLINE V larger(V a, V b) {
     return a > b ? a : b;
 }
 
-TF_INLINE v8 half(vec x, int which) {
-    v8 part;
-    std::memcpy(&part, reinterpret_cast<const char*>(&x) + which * (sizeof x - sizeof part), sizeof part);
-    return part;
+TF_INLINE v8 half(vec x, [[maybe_unused]] int which) {
+#ifdef __AVX512F__
+    return which ? (v8)_mm512_extractf64x4_pd((__m512d)x, 1) : (v8)_mm512_castps512_ps256((__m512)x);
+#else
+    return x;
+#endif
 }
 
 TF_INLINE float sum(vec full) {
@@ -94,6 +96,28 @@ TF_INLINE V exp_upto88(V x) {
     y = y * (r * r) + (r + 1.0f);
     auto power = ((decltype(x < x))shifted << 23) + 0x3f800000;
     return x < lowest ? V{} : y * (V)power;
+}
+
+// 2^x for x <= 0, relative error about 1.5e-7 (a polynomial fitted to 2^r on [0, 1)). Zero below -126; NaN stays NaN.
+TF_INLINE vec exp2_upto0(vec x) {
+    const vec lowest = splat<vec>(-126.0f);
+#ifdef __AVX512DQ__
+    vec r = (vec)_mm512_reduce_ps((__m512)x, 9);  // what is above the next integer below
+#else
+    vec shifted = (x - 0.5f) + kRound;
+    vec r = x - (shifted - kRound);
+#endif
+    vec y = r * 1.87757665e-3f + 8.98934016e-3f;
+    y = y * r + 5.58263180e-2f;
+    y = y * r + 2.40153617e-1f;
+    y = y * r + 6.93153073e-1f;
+    y = y * r + 9.99999925e-1f;
+#ifdef __AVX512DQ__
+    return (vec)_mm512_mask_scalef_ps((__m512)vec{}, _mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_NLT_UQ), (__m512)y, (__m512)x);
+#else
+    auto power = ((decltype(x < x))shifted << 23) + 0x3f800000;
+    return x < lowest ? vec{} : y * (vec)power;
+#endif
 }
 
 // exp(x) for x <= 0 in double precision, about 1 ulp: the series to r^13 on |r| <= log(2) / 2. Zero below -700.
