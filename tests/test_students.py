@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from thinkfast import progress, records, students
+from thinkfast import progress, records, rounds, students
 from thinkfast.data.corpus import Corpus, Cursor, batches
 from thinkfast.errors import BadInput
-from thinkfast.model.checkpoint import load_model
+from thinkfast.model.checkpoint import load_model, read_config
 from thinkfast.ranking import rank_layers
 from thinkfast.recipe import Recipe, parse_recipe
 from thinkfast.sections import Watching
@@ -143,11 +143,26 @@ def test_divergence_keeps_the_model_of_the_last_save(tiny_teacher: Path, tmp_pat
     assert all(torch.equal(model[name], saved["model"][name]) for name in model)
 
 
+def test_divergence_before_the_first_save_leaves_the_converted_model(tiny_teacher, tmp_path, monkeypatch) -> None:
+    from thinkfast.distill import trainer
+
+    monkeypatch.setattr(trainer, "batch_loss", lambda *given: given[2].head_weight.sum() * float("nan"))
+    given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["distill"]}])
+    with pytest.raises(
+        records.Failed, match=r"diverged at step 1 .*nothing was saved yet; the model is as it was conv"
+    ):
+        student_of(given, tmp_path)
+    corpus = Corpus(tmp_path / "corpus")
+    converted = convert(load_model(tiny_teacher), LayerPlan(()), calibration_ids(corpus.slice(0, len(corpus) - 8)), 0)
+    mine, theirs = load_model(tmp_path / "student").state_dict(), converted.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_a_round_holds_the_students_answers_to_prompts_of_the_corpus(tiny_teacher: Path, tmp_path: Path) -> None:
     given = recipe(tiny_teacher)
     corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
     model, settings = load_model(tiny_teacher), given.student[0].on_policy
-    source, _ = students._answered(model, corpus, settings, tmp_path / "rounds")
+    source, _ = rounds.answered(lambda: model, corpus, settings, tmp_path / "rounds")
     stream, cursors = source(Cursor(0)), []
     while len(cursors) < 12:
         cursors.append(next(stream)[1])
@@ -195,7 +210,7 @@ def test_on_policy_answers_have_to_fit(tiny_teacher: Path, tmp_path: Path) -> No
     given = recipe(tiny_teacher, on_policy={**SHORT, "max_tokens": 5000})
     corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
     with pytest.raises(BadInput, match="max_tokens 5000: with the longest prompt that is"):
-        students._answered(load_model(tiny_teacher), corpus, given.student[0].on_policy, tmp_path)
+        rounds.check_room(corpus, given.student[0].on_policy, read_config(tiny_teacher))
 
 
 @pytest.mark.parametrize("method", ["uniform", "kl", "kl-trained", "answers"])

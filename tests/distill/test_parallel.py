@@ -48,11 +48,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A teacher whose gradients stand well above rounding, and problems with solutions."""
+    """A teacher whose gradients stand well above rounding, in sizes that the kernels for training take, and problems
+    with solutions."""
     root = tmp_path_factory.mktemp("team")
     save_word_tokenizer(root / "words")
     words = load_tokenizer(root / "words")
-    config = DecoderConfig(words.vocab_size, 32, 48, 4, 2, 8, (ATTENTION,) * 3, eos_token_ids=(words.eos_id,))
+    config = DecoderConfig(words.vocab_size, 32, 48, 2, 1, 32, (ATTENTION,) * 3, eos_token_ids=(words.eos_id,))
     torch.manual_seed(1)
     model = Decoder(config)
     with torch.no_grad():
