@@ -58,7 +58,9 @@ TF_INLINE v8 half(vec x, int which) {
 #ifdef __AVX512F__
     return which ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15) : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
 #else
-    return x;
+    v8 part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&x) + which * (sizeof x - sizeof part), sizeof part);
+    return part;
 #endif
 }
 
