@@ -168,11 +168,12 @@ TF_INLINE void over_readers(Query* const* queries, int n, int page, F run) {
     }
 }
 
-// The chunk that begins with token `from`, for n queries that see at least one of its tokens, of one layer and kv head.
-// `next`: two pages that are read after it. scores: kBatch * kScores floats of scratch.
+// The chunk that begins with token `from`, for n queries that see at least one of its tokens, of the layer and kv head
+// whose keys lie `offset` bytes behind the begin of a page. `next`: two pages that are read after it.
+// scores: kBatch * kScores floats of scratch.
 template <class T>
-static void attend_chunk(Query* const* all, int n, int from, const char* const* next, int dim, int head_dim, float* scores) {
-    const size_t values = sizeof(T) * kPage * dim;  // they lie so far behind the keys
+static void attend_chunk(Query* const* all, int n, int from, const char* const* next, size_t offset, int dim, int head_dim, float* scores) {
+    const size_t values = offset + sizeof(T) * kPage * dim;
     for (int begin = 0; begin < n; begin += kBatch) {
         int held = std::min(kBatch, n - begin), longest = 0;
         Query* const* queries = all + begin;
@@ -182,13 +183,13 @@ static void attend_chunk(Query* const* all, int n, int from, const char* const* 
         // What is read two pages later, keys of all pages first, then values.
         auto later = [&](int i, int order) {
             order += 2;
-            if (order < used) return queries[i]->pages[order];
+            if (order < used) return queries[i]->pages[order] + offset;
             if (order < 2 * used) return queries[i]->pages[order - used] + values;
-            return next[std::min(order - 2 * used, 1)];
+            return next[std::min(order - 2 * used, 1)] + offset;
         };
         for (int p = 0; p < used; p++)
             over_readers(queries, held, p, [&](int i, int take, bool fresh) {
-                const char* keys = queries[i]->pages[p];
+                const char* keys = queries[i]->pages[p] + offset;
                 auto run = take >= 4 ? score_page<4, T> : take == 3 ? score_page<3, T> : take == 2 ? score_page<2, T> : score_page<1, T>;
                 run(reinterpret_cast<const T*>(keys), head_dim, queries + i, scores + (size_t)i * kScores + p * kPage, fresh ? later(i, p) : keys);
             });

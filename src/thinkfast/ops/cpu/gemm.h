@@ -93,9 +93,23 @@ static inline int rows_at_once(int left) {
     return left <= 2 ? 2 : left <= 4 || left == 7 || left == 8 ? 4 : 6;
 }
 
-// Memory that will be read after a product: what is left of it to fetch while multiplying.
+// Memory that will be read after a product: what is left of it to fetch while multiplying. Once a stretch is done, so
+// many `bytes` follow from `offset` on behind each of the addresses from `next` on.
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
+    const char* const *next = nullptr, *const *last = nullptr;
+    size_t offset = 0, bytes = 0;
+
+    // Where the next `size` bytes lie, or some that lie beside them; `idle` where nothing is left.
+    const char* take(size_t size, const char* idle) {
+        if (at >= end) {
+            if (next == last) return idle;
+            at = *next++ + offset;
+            end = at + bytes;
+        }
+        at += size;
+        return at - size;
+    }
 };
 
 // Widens `k` rows of a panel.
@@ -122,8 +136,9 @@ static inline void gemm_panel(const float* x, int ldx, int rows, const Packed& w
             float* out = y + (size_t)r * ldy;
             bool fresh = k == 0 && !add;
             // The weights that come next first, then whatever else is wanted; both may be too much for the first level.
-            const char* next = ahead < enough ? ahead : later.at < later.end ? later.at : from;
-            (ahead < enough ? ahead : later.at) += (size_t)depth * 64;
+            const size_t size = (size_t)depth * 64;
+            const char* next = ahead < enough ? ahead : later.take(size, from);
+            ahead += size;
             int take = rows_at_once(rows - r);
             auto run = take == 2 ? multiply<2> : take == 4 ? multiply<4> : take == 6 ? multiply<6> : take == 8 ? multiply<8> : multiply<12>;
             run(in, ldx, block, depth, out, ldy, fresh, next);

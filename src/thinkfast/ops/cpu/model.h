@@ -137,11 +137,10 @@ class Memory {
 
     const std::vector<int>& pages(int slot) const { return pages_[slot]; }
 
-    // Keys of a page; its values lie kPage * dim elements behind.
-    template <class T>
-    T* page(int page, int layer, int head) const {
-        return reinterpret_cast<T*>(store_.at(page)) + ((size_t)layer * m_.kv_heads + head) * 2 * kPage * m_.dim;
-    }
+    char* page(int page) const { return store_.at(page); }
+
+    // Where in a page the keys of a kv head lie, in bytes; its values lie kPage * dim elements behind.
+    size_t within_page(int layer, int head) const { return (size_t)(layer * m_.kv_heads + head) * 2 * kPage * m_.dim * (half_ ? 2 : 4); }
 
     float* mamba(int slot, int layer) const {
         return reinterpret_cast<float*>(state_.data()) + ((size_t)layer * slots_ + slot) * m_.mamba.slot_size();

@@ -28,11 +28,12 @@ struct Row {
 struct Scratch {
     std::vector<float> x, normed, wide, middle, logits;
     std::vector<Query> queries;
+    std::vector<const char*> pages, tails;  // of every row: all its pages and some more entries, the last one
+    size_t stride = 0;                      // entries of a row in `pages`
     struct Mine {
         std::vector<float> steps, decays, scores;
         std::vector<double> weights;
         std::vector<Query*> list;
-        std::vector<const char*> table;
         std::vector<int> ids;
     } mine;
 
@@ -43,8 +44,10 @@ struct Scratch {
         mine.decays.resize(m.mamba.heads + kSpare);
         mine.scores.resize((size_t)kBatch * kScores);
         mine.list.resize((size_t)kTile * m.heads);
-        mine.table.resize((size_t)kTile * kChunk);
+        tails.resize(kTile);
     }
+
+    const char* const* pages_of(int row) const { return &pages[row * stride]; }
 };
 
 struct Pool {
@@ -91,46 +94,58 @@ struct Pool {
         }
         float* keys = qkv + (size_t)m.heads * m.dim;
         float* values = keys + (size_t)m.kv_heads * m.dim;
-        int page = memory.pages(row.slot)[row.position / kPage];
+        char* page = memory.page(memory.pages(row.slot)[row.position / kPage]);
         for (int head = 0; head < m.kv_heads; head++) {
             rotate(keys + (size_t)head * m.dim, row.position, 1.0f);
-            append(memory.page<T>(page, layer.index, head), row.position % kPage, m.dim, keys + (size_t)head * m.dim, values + (size_t)head * m.dim);
+            append(reinterpret_cast<T*>(page + memory.within_page(layer.index, head)), row.position % kPage, m.dim, keys + (size_t)head * m.dim, values + (size_t)head * m.dim);
+        }
+    }
+
+    // Writes down where the rows' pages are.
+    void find_pages(Scratch& s, const Row* rows, int n) const {
+        if (!model.attention_layers) return;
+        int most = 0;
+        for (int r = 0; r < n; r++) most = std::max(most, rows[r].position / kPage + 1);
+        s.stride = round_up(most, kChunk) + kChunk;
+        if (s.pages.size() < n * s.stride) s.pages.resize(n * s.stride);
+        for (int r = 0; r < n; r++) {
+            const std::vector<int>& held = memory.pages(rows[r].slot);
+            const char** to = &s.pages[r * s.stride];
+            int used = rows[r].position / kPage + 1;
+            for (int p = 0; p < used; p++) to[p] = memory.page(held[p]);
+            // Places behind the row's end are read along with its neighbours' and masked: any page of its own will do.
+            s.tails[r] = to[used - 1];
+            std::fill(to + used, to + s.stride, s.tails[r]);
         }
     }
 
     // Attention of rows [first, last) to one kv head. Neighbours that begin with the same pages read them together.
     template <class T>
-    void attend(const Layer& layer, int head, const Row* rows, int first, int last, Query* queries, Scratch::Mine& mine) const {
+    void attend(const Layer& layer, int head, const Row* rows, int first, int last, Scratch& s, Scratch::Mine& mine) const {
         const Model& m = model;
-        int share = m.heads / m.kv_heads;
-        auto pages = [&](int r) -> const std::vector<int>& { return memory.pages(rows[r].slot); };
-        auto keys = [&](int r, int p) {
-            const std::vector<int>& held = pages(r);
-            return reinterpret_cast<const char*>(memory.page<T>(held[std::min(p, (int)held.size() - 1)], layer.index, head));
-        };
+        const int share = m.heads / m.kv_heads;
+        const size_t offset = memory.within_page(layer.index, head);
+        auto queries = [&](int r) { return &s.queries[(size_t)r * m.heads + head * share]; };
         auto chunk = [&](int begin, int end, int c, int after) {
             int n = 0, from = c * kScores;
             for (int r = begin; r < end; r++) {
-                const char** table = &mine.table[(size_t)(r - begin) * kChunk];
                 if (rows[r].position < from) continue;
-                // Places behind the row's end are read along with its neighbours' and masked: any page of its own will do.
-                for (int p = 0; p < kChunk; p++) table[p] = keys(r, c * kChunk + p);
+                Query* asked = queries(r);
                 for (int h = 0; h < share; h++) {
-                    Query& q = queries[(size_t)r * m.heads + head * share + h];
-                    q.pages = table;
-                    mine.list[n++] = &q;
+                    asked[h].pages = s.pages_of(r) + c * kChunk;
+                    mine.list[n++] = asked + h;
                 }
             }
             bool more = end - begin > 1 || rows[begin].position >= from + kScores;
-            int r = more ? begin : after, p = more ? (c + 1) * kChunk : 0;
-            const char* next[2] = {keys(r, p), keys(r, p + 1)};
-            if (n) attend_chunk<T>(mine.list.data(), n, from, next, m.dim, m.head_dim, mine.scores.data());
+            const char* const* next = more ? s.pages_of(begin) + (c + 1) * kChunk : s.pages_of(after);
+            if (n) attend_chunk<T>(mine.list.data(), n, from, next, offset, m.dim, m.head_dim, mine.scores.data());
         };
         for (int begin = first; begin < last;) {
             int end = begin + 1, common = 0, longest = rows[begin].position;
-            for (; end < last && pages(end)[0] == pages(begin)[0]; end++) {
-                auto &a = pages(begin), &b = pages(end);
-                int equal = (int)(std::mismatch(a.begin(), a.begin() + std::min(a.size(), b.size()), b.begin()).first - a.begin());
+            for (; end < last && s.pages_of(end)[0] == s.pages_of(begin)[0]; end++) {
+                auto a = s.pages_of(begin), b = s.pages_of(end);
+                int both = std::min(rows[begin].position, rows[end].position) / kPage + 1;
+                int equal = (int)(std::mismatch(a, a + both, b).first - a);
                 common = end == begin + 1 ? equal : std::min(common, equal);
                 longest = std::max(longest, rows[end].position);
             }
@@ -142,7 +157,7 @@ struct Pool {
         }
         for (int r = first; r < last; r++)
             for (int h = 0; h < share; h++) {
-                Query& q = queries[(size_t)r * m.heads + head * share + h];
+                Query& q = queries(r)[h];
                 for (int d = 0; d < m.dim; d += kLanes) store(q.y + d, load(q.y + d) * (1.0f / q.total));
             }
     }
@@ -157,7 +172,7 @@ struct Pool {
         int begin = team.begin(m.kv_heads * n), end = team.end(m.kv_heads * n);
         for (int head = 0; head < m.kv_heads; head++) {
             int first = std::max(begin - head * n, 0), last = std::min(end - head * n, n);
-            if (first < last) attend<T>(layer, head, rows, first, last, s.queries.data(), mine);
+            if (first < last) attend<T>(layer, head, rows, first, last, s, mine);
         }
     }
 
@@ -186,12 +201,23 @@ struct Pool {
         for (int r = team.begin(n); r < team.end(n); r++) gated_norm(shape, w, &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], m.eps);
     }
 
-    // The memory of neighbouring slots in a Mamba layer, where it fits into the second level of cache.
-    Ahead states(const Layer* layer, const Row* rows, int n, Team team) const {
-        size_t bytes = sizeof(float) * model.mamba.slot_size() * n;
-        if (!layer || layer->attention || team.size > 1 || bytes > kNear) return {};
-        const char* at = reinterpret_cast<const char*>(memory.mamba(rows[0].slot, layer->index));
-        return {at, at + bytes};
+    // What a layer reads that is not weights, where it fits into the second level of cache: the memory of neighbouring
+    // slots, or the pages that are written to.
+    Ahead memory_of(const Layer* layer, const Scratch& s, const Row* rows, int n, Team team) const {
+        Ahead ahead;
+        if (!layer || team.size > 1) return ahead;
+        size_t bytes = layer->attention ? memory.within_page(1, 0) : sizeof(float) * model.mamba.slot_size();
+        if (bytes * n > kNear) return ahead;
+        if (layer->attention) {
+            ahead.next = s.tails.data();
+            ahead.last = ahead.next + n;
+            ahead.offset = memory.within_page(layer->index, 0);
+            ahead.bytes = bytes;
+        } else {
+            ahead.at = reinterpret_cast<const char*>(memory.mamba(rows[0].slot, layer->index));
+            ahead.end = ahead.at + bytes * n;
+        }
+        return ahead;
     }
 
     // A tile of rows through all layers. Rows of one slot stand in the order of their positions. With `logits`, leaves them in scratch.
@@ -204,7 +230,8 @@ struct Pool {
             for (int r = begin; r < end; r++) rms_norm(&s.x[(size_t)r * ld], weight.data(), &s.normed[(size_t)r * ld], m.hidden, m.eps);
             team.meet();
         };
-        Ahead later = states(m.layers.empty() ? nullptr : &m.layers[0], rows, n, team);
+        if (team.rank == 0) find_pages(s, rows, n);
+        Ahead later = memory_of(m.layers.empty() ? nullptr : &m.layers[0], s, rows, n, team);
         auto product = [&](const std::vector<float>& x, int ldx, const Packed& w, std::vector<float>& y, int ldy, bool add) {
             gemm(x.data(), ldx, n, w, y.data(), ldy, add, team.begin(w.panels()), team.end(w.panels()), later);
             team.meet();
@@ -220,7 +247,7 @@ struct Pool {
             if (layer.attention) product(s.middle, m.heads * m.dim, layer.o, s.x, ld, true);
             else product(s.middle, m.mamba.inner() + kSpare, layer.mamba.out_proj, s.x, ld, true);
             norm(layer.post_norm);
-            later = states(&layer == &m.layers.back() ? nullptr : &layer + 1, rows, n, team);
+            later = memory_of(&layer == &m.layers.back() ? nullptr : &layer + 1, s, rows, n, team);
             gemm_swiglu(s.normed.data(), ld, n, layer.gate, layer.up, s.middle.data(), layer.gate.n, team.begin(layer.gate.panels()), team.end(layer.gate.panels()), later);
             team.meet();
             product(s.middle, layer.gate.n, layer.down, s.x, ld, true);

@@ -58,7 +58,9 @@ TF_INLINE v8 half(vec x, [[maybe_unused]] int which) {
 #ifdef __AVX512F__
     return which ? (v8)_mm512_extractf64x4_pd((__m512d)x, 1) : (v8)_mm512_castps512_ps256((__m512)x);
 #else
-    return x;
+    v8 part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&x) + which * (sizeof x - sizeof part), sizeof part);
+    return part;
 #endif
 }
 
