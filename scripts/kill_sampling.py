@@ -7,7 +7,6 @@ must be those of a run that nobody interrupted.
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from thinkfast import records, runtime
+from thinkfast import records
 from thinkfast.data.problems import Problem
 from thinkfast.data.wordproblems import generate
 from thinkfast.recipe import SampleSettings
@@ -80,11 +79,8 @@ def main() -> None:
             "equal_to_uninterrupted": same,
             "seconds": round(time.monotonic() - started, 1),
             "problems": len(problems),
-            "command": runtime.command(),
         }
-    print(json.dumps(document))
-    if given.out:
-        records.write_json(given.out, document)
+    records.publish(document, given.out)
 
 
 if __name__ == "__main__":

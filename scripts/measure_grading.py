@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from thinkfast import records, runtime
+from thinkfast import records
 from thinkfast.scale.grade import Grader, extract_answer
 
 REASONS = Path(__file__).parents[1] / "tests" / "scale" / "disagreements.toml"
@@ -75,13 +75,8 @@ def main() -> None:
             "equivalence": equivalence(grader, cases, reasons),
             "completions": completions(grader, published),
             "seconds": round(time.monotonic() - started, 1),
-            "command": runtime.command(),
-            "code": runtime.code_version(),
-            "machine": runtime.machine(),
         }
-    print(json.dumps(document))
-    if given.out:
-        records.write_json(given.out, document)
+    records.publish(document, given.out)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ needed. Ray gives its workers a niceness of 15; RAY_worker_niceness=0 takes it a
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-from thinkfast import records, runtime
+from thinkfast import records
 from thinkfast.data.problems import Problem
 from thinkfast.data.wordproblems import generate
 from thinkfast.recipe import SampleSettings
@@ -48,12 +47,8 @@ def main() -> None:
         "threads_a_worker": 1,
         "clock": "from the first prefill to the last end, without starting workers and loading models",
         "settings": vars(given) | {"model": given.model.name, "out": None},
-        "command": runtime.command(),
-        "machine": runtime.machine(),
     }
-    print(json.dumps(document))
-    if given.out:
-        records.write_json(given.out, document)
+    records.publish(document, given.out)
 
 
 if __name__ == "__main__":

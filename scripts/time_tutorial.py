@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from thinkfast import records, runtime
+from thinkfast import records
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
@@ -38,15 +38,11 @@ def main() -> None:
                 steps.append({"step": shown, "seconds": round(time.perf_counter() - started, 1)})
                 print(*steps[-1].values(), sep="\t", file=sys.stderr, flush=True)
     document = {
-        "command": runtime.command(),
-        "code": runtime.code_version(),
-        "machine": runtime.machine(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "steps": steps,
         "seconds": round(sum(step["seconds"] for step in steps), 1),
     }
-    if given.out is not None:
-        records.write_json(given.out, document)
+    records.publish(document, given.out)
 
 
 if __name__ == "__main__":

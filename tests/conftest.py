@@ -1,5 +1,8 @@
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ from thinkfast.data.tokenizer import load_tokenizer, save_word_tokenizer
 from thinkfast.model.checkpoint import save_model
 from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.decoder import Decoder
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def pytest_configure() -> None:
@@ -37,3 +42,19 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(5)
     save_model(Decoder(config), root / "teacher", tokenizer_from=root / "words")
     return root / "teacher"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser of this machine, opened through playwright, which the modules that ask for it import."""
+    from playwright.sync_api import sync_playwright
+
+    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is on the PATH; `.ci/run` installs chromium")
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield opened
+        opened.close()

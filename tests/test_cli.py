@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from thinkfast import __version__
 from thinkfast.cli import app, main
 from thinkfast.data.problems import Problem, dump_problems, load_problems
 from thinkfast.data.wordproblems import generate
+from thinkfast.errors import line_of
 from thinkfast.model.checkpoint import read_config
 
 
@@ -211,6 +214,29 @@ def test_an_interrupt_ends_with_130_and_says_what_is_kept(tiny_teacher: Path, pr
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.splitlines()[-1] == f"thinkfast: interrupted; everything finished so far is kept in {out}"
+
+
+@pytest.mark.parametrize("command", ["sample bundled p.jsonl {}", "convert bundled {}", "demo --out {}"])
+def test_a_file_where_a_directory_is_wanted_is_told(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text('{"id": "a", "problem": "Ann has 3 eggs.", "answer": "3"}\n')
+    for place in ("p.jsonl", "p.jsonl/below"):
+        assert main(shlex.split(command.format(place))) == 2
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith(f"thinkfast: {place}")
+        assert "expected a " in err
+        assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_what_may_not_be_read_is_told() -> None:
+    refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "set.jsonl")
+    assert line_of(refused) == (2, "set.jsonl: Permission denied, expected one that this user may use")
+    assert line_of(FileNotFoundError(errno.ENOENT, "gone", "x")) is None, (
+        "whose place nobody checked: a mistake of ours"
+    )
 
 
 def test_a_full_disk_ends_with_1_and_one_line(completions: Path) -> None:

@@ -60,7 +60,12 @@ def test_a_failed_self_test_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_extras_are_on_or_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    required = ["numpy>=2", 'pytest>=9; extra == "dev"', "no-such-package>=1; extra == 'fancy'"]
+    required = [
+        "numpy>=2",
+        'pytest>=9; extra == "dev"',
+        'thinkfast[fancy]; extra == "dev"',
+        "no-such-package>=1; extra == 'fancy'",
+    ]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: required)
     on, off = extras()
     assert (on.what, on.ok, on.found) == ("extra dev", True, "pytest")

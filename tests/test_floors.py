@@ -24,6 +24,7 @@ FLOORS = {
     "harness": 5,
     "plugin": 5,
     "stages": 4,
+    "rounds": 4,
     "students": 5,
     "forecast": 5,
     "scale": 4,

@@ -55,6 +55,15 @@ def test_a_published_recipe_is_planned(name, capsys):
     assert distill["flops"] / distill["tokens"] > 8 * 1e9 * parameters
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_planned(path, capsys):
+    assert main(["distill", str(path), "--plan", "8xH100", "--json"]) == 0
+    plan, recipe = json.loads(capsys.readouterr().out.strip().rsplit("\n", 1)[-1]), load_recipe(path)
+    trained = {student.name: student for student in recipe.student} | ({"base": recipe.base} if recipe.base else {})
+    wanted = {name: [s for s in given.stages if getattr(given, s).tokens] for name, given in trained.items()}
+    assert {name: [row["stage"] for row in rows] for name, rows in plan["models"].items()} == wanted
+
+
 def test_too_little_memory_is_refused_before_anything_is_done(capsys):
     assert main(["distill", str(FOLDER / "llama3.2-3b-hybrid.toml"), "--plan", "RTX4090"]) == 2
     error = capsys.readouterr().err

@@ -19,6 +19,7 @@ from thinkfast.records import (
     append_samples,
     hash_path,
     locked,
+    publish,
     read_json,
     read_record,
     read_samples,
@@ -243,3 +244,13 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     reader.join(60)
     assert json.loads(read[0]) == {"a": 1}
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_published_figures_say_how_they_came_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish({"ratio": 2.15}, None)
+    publish({"ratio": 2.15}, tmp_path / "figures" / "ratio.json")
+    stored = json.loads((tmp_path / "figures" / "ratio.json").read_text())
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [stored, stored]
+    assert list(stored) == ["ratio", "command", "code", "machine"]
+    assert stored["command"]
+    assert stored["machine"]["cores"] >= 1

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from thinkfast import progress, records, students
+from thinkfast import progress, records, rounds, students
 from thinkfast.data.corpus import Corpus, Cursor, batches
 from thinkfast.errors import BadInput
-from thinkfast.model.checkpoint import load_model
+from thinkfast.model.checkpoint import load_model, read_config
 from thinkfast.ranking import rank_layers
 from thinkfast.recipe import Recipe, parse_recipe
 from thinkfast.sections import Watching
@@ -78,7 +78,7 @@ def test_stages_run_in_the_order_of_the_recipe(tiny_teacher: Path, tmp_path: Pat
 
 
 def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:
-    student = {"name": "student", "stages": ["align", "on_policy", "sft"]}
+    student = {"name": "student", "stages": ["matrices", "align", "on_policy", "distill", "sft"]}
     given = recipe(tiny_teacher, student=[student])
     whole = student_of(given, tmp_path / "whole")
     wanted, shown = losses(whole), students._shown
@@ -86,6 +86,7 @@ def test_a_run_cut_anywhere_repeats_the_whole_one(tiny_teacher: Path, tmp_path: 
     class Cut(Exception):
         pass
 
+    assert {stage for stage, *_ in wanted} == set(student["stages"])
     for place in range(2, len(wanted), 3):
         seen = []
 
@@ -142,11 +143,26 @@ def test_divergence_keeps_the_model_of_the_last_save(tiny_teacher: Path, tmp_pat
     assert all(torch.equal(model[name], saved["model"][name]) for name in model)
 
 
+def test_divergence_before_the_first_save_leaves_the_converted_model(tiny_teacher, tmp_path, monkeypatch) -> None:
+    from thinkfast.distill import trainer
+
+    monkeypatch.setattr(trainer, "batch_loss", lambda *given: given[2].head_weight.sum() * float("nan"))
+    given = recipe(tiny_teacher, student=[{"name": "student", "stages": ["distill"]}])
+    with pytest.raises(
+        records.Failed, match=r"diverged at step 1 .*nothing was saved yet; the model is as it was conv"
+    ):
+        student_of(given, tmp_path)
+    corpus = Corpus(tmp_path / "corpus")
+    converted = convert(load_model(tiny_teacher), LayerPlan(()), calibration_ids(corpus.slice(0, len(corpus) - 8)), 0)
+    mine, theirs = load_model(tmp_path / "student").state_dict(), converted.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_a_round_holds_the_students_answers_to_prompts_of_the_corpus(tiny_teacher: Path, tmp_path: Path) -> None:
     given = recipe(tiny_teacher)
     corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
     model, settings = load_model(tiny_teacher), given.student[0].on_policy
-    source, _ = students._answered(model, corpus, settings, tmp_path / "rounds")
+    source, _ = rounds.answered(lambda: model, corpus, settings, tmp_path / "rounds")
     stream, cursors = source(Cursor(0)), []
     while len(cursors) < 12:
         cursors.append(next(stream)[1])
@@ -194,7 +210,7 @@ def test_on_policy_answers_have_to_fit(tiny_teacher: Path, tmp_path: Path) -> No
     given = recipe(tiny_teacher, on_policy={**SHORT, "max_tokens": 5000})
     corpus = make_corpus(given.corpus, tiny_teacher, tmp_path / "corpus", Stages(lambda _: None))
     with pytest.raises(BadInput, match="max_tokens 5000: with the longest prompt that is"):
-        students._answered(load_model(tiny_teacher), corpus, given.student[0].on_policy, tmp_path)
+        rounds.check_room(corpus, given.student[0].on_policy, read_config(tiny_teacher))
 
 
 @pytest.mark.parametrize("method", ["uniform", "kl", "kl-trained", "answers"])
@@ -269,6 +285,30 @@ def test_weights_and_biases_gets_every_row(tiny_teacher: Path, tmp_path: Path, m
     wandb.finish()
     assert [(row["distill/step"], row["distill/loss"]) for row in logged] == [row[1:] for row in losses(directory)]
     assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_rate_is_tokens_over_the_seconds_since_this_process_began(monkeypatch) -> None:
+    told: list[tuple[float, str]] = []
+    clock = iter([1_000_000.0, 1_000_002.0, 1_000_010.0])
+    monkeypatch.setattr(students.time, "monotonic", lambda: next(clock))
+    show = students._shown(lambda done, words: told.append((done, words)), share=1e-3)
+    # A resumed run has seen tokens before this process began: they are not in its rate.
+    for step, tokens in ((51, 50_000), (52, 51_000), (60, 55_000)):
+        show(step, tokens, 54_000, 1.25)
+    assert told == [
+        (50_000, "step 51, loss 1.2500"),
+        (51_000, "step 52, loss 1.2500, 500 tokens/s, 50% of the peak"),
+        (54_000, "step 60, loss 1.2500, 500 tokens/s, 50% of the peak"),
+    ]
+
+
+def test_a_resumed_run_tells_the_time_that_is_left(monkeypatch, capsys) -> None:
+    clock = iter([0.0, 1.0, 11.0, 21.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar("student: distill", 1000) as update:
+        for done in (900, 910, 920):
+            update(done, "words")
+    assert capsys.readouterr().err == "student: distill: 92%, 80 s left words\n"
 
 
 def test_progress_is_shown(tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:

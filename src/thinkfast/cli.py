@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from thinkfast import __version__, spending_cli
-from thinkfast.errors import BadInput
+from thinkfast.errors import BadInput, line_of
 from thinkfast.options import (
     Attention,
     Init,
@@ -39,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(spending_cli.app)
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @app.command()
@@ -385,9 +383,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f" in {interrupt.args[0]}" if interrupt.args else ""
         return _tell(130, f"interrupted; everything finished so far is kept{place}")
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        known = line_of(error)
+        if known is None:
             raise
-        return _tell(1, f"cannot write {error.filename}: {error.strerror}" if error.filename else str(error))
+        return _tell(*known)
     return 0
 
 

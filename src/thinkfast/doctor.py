@@ -63,7 +63,8 @@ def extras() -> list[Finding]:
         return [Finding("extras", None, "unknown: thinkfast runs from its source and is not installed")]
     wanted: dict[str, list[str]] = {}
     for line in required:
-        if found := re.match(r"""([\w.-]+).*;.*\bextra\s*==\s*["']([\w-]+)["']""", line):
+        found = re.match(r"""([\w.-]+).*;.*\bextra\s*==\s*["']([\w-]+)["']""", line)
+        if found and found[1] != "thinkfast":  # an extra within another has a line of its own
             wanted.setdefault(found[2], []).append(found[1])
     return [_extra(name, packages) for name, packages in wanted.items()]
 

@@ -84,11 +84,11 @@ def tell_plan(recipe: Recipe, gpus: str) -> dict[str, Any]:
     card has."""
     processes, card = parse_gpus(gpus)
     found = costs(recipe, processes, card)
-    print(f"{'model':<16}{'stage':<10}{'tokens':>10}{'GiB a GPU':>12}{'FLOPs':>11}{'hours':>9}")
+    print(f"{'model':<16} {'stage':<10}{'tokens':>10}{'GiB a GPU':>12}{'FLOPs':>11}{'hours':>9}")
     for name, rows in found.items():
         for row in rows:
             told = f"{row.phase.tokens:>10.3g}{row.bytes / GIB:>12.1f}{row.flops:>11.2e}{row.hours:>9.2f}"
-            print(f"{name:<16}{row.phase.name:<10}{told}")
+            print(f"{name:<16} {row.phase.name:<10}{told}")
     hours = sum(row.hours for rows in found.values() for row in rows)
     print(f"{processes} x {card.name} for {hours:.1f} hours, if {SHARE:.0%} of their peak is reached")
     for rows in found.values():

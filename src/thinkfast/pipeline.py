@@ -27,7 +27,7 @@ from thinkfast.stages import (
     teacher_directory,
     text_sources,
 )
-from thinkfast.students import make_base, make_student
+from thinkfast.students import check_students, make_base, make_student
 
 UNWATCHED, ON_ONE = Watching(answers=0), Compute()
 
@@ -57,6 +57,7 @@ def run_recipe(recipe: Recipe, out: Path, say: Say = print) -> dict[str, Any]:
         teacher = copy_teacher(source, out / "models" / TEACHER, stages)
         check_fit(recipe, teacher, problems)
         corpus = make_corpus(recipe.corpus, teacher, out / "corpus", stages)
+        check_students(recipe, teacher, corpus)
         base = None
         if recipe.base is not None:
             base = make_base(recipe.base, teacher, corpus, recipe.corpus.held_out, out / "base", stages, recipe.watch)
@@ -119,10 +120,12 @@ def distill_model(
     teacher_dir = teacher_directory(str(teacher))
     _require_files(text.path)
     text_sources(text)
+    recipe = Recipe(teacher=Teacher(path=str(teacher)), corpus=text, student=(student,), compute=compute)
     with _alone_or_together(out, say) as stages:
         check_tokenizer(teacher_dir, lambda line: print(line, file=sys.stderr))
-        forecast.check_here(Recipe(teacher=Teacher(path=str(teacher)), student=(student,), compute=compute))
+        forecast.check_here(recipe)
         corpus = make_corpus(text, teacher_dir, out / "corpus", stages)
+        check_students(recipe, teacher_dir, corpus)
         make_student(student, teacher_dir, corpus, text.held_out, out / student.name, stages, watch, compute=compute)
     notes: dict[str, Any] = (records.read_record(out / student.name) or {})["notes"]
     return notes
@@ -153,6 +156,7 @@ def distill_students(recipe: Recipe, out: Path) -> dict[str, Any]:
         check_tokenizer(teacher_dir, lambda line: print(line, file=sys.stderr))
         forecast.check_here(recipe)
         corpus, base = make_corpus(recipe.corpus, teacher_dir, out / "corpus", stages), None
+        check_students(recipe, teacher_dir, corpus)
         if recipe.base is not None:
             base = make_base(recipe.base, teacher_dir, corpus, held_out, out / "base", stages, watch, how)
         for student in recipe.student:

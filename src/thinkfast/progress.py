@@ -29,16 +29,20 @@ def bar(title: str, total: float) -> Iterator[Update]:
         with _terminal_bar(title, total) as update:
             yield update
         return
-    started = last = time.monotonic()
+    last = time.monotonic()
+    first: tuple[float, float] | None = None
 
     def report(done: float, text: str = "") -> None:
-        nonlocal last
+        nonlocal last, first
         now = time.monotonic()
+        # Resumed work begins with much done already, at no cost.
+        first = first or (now, done)
         if now - last < SECONDS_BETWEEN_LINES:
             return
         last = now
-        left = (now - started) / done * (total - done) if done > 0 else float("nan")
-        print(f"{title}: {done / total:.0%}, {left:.0f} s left {text}".rstrip(), file=sys.stderr, flush=True)
+        made = done - first[1]
+        left = f", {(now - first[0]) / made * (total - done):.0f} s left" if made > 0 else ""
+        print(f"{title}: {done / total:.0%}{left} {text}".rstrip(), file=sys.stderr, flush=True)
 
     yield report
 

@@ -60,6 +60,16 @@ class Team:
         distributed.broadcast_object_list(holder)
         return holder[0]
 
+    def collect(self, values: list[T]) -> list[T]:
+        """The values of every process, on every one of them."""
+        if not self.together:
+            return values
+        from torch import distributed
+
+        found: list[list[T]] = [[] for _ in range(self.size)]
+        distributed.all_gather_object(found, values)
+        return [value for part in found for value in part]
+
     def wait(self) -> None:
         """Returns when every process has come here."""
         self.total(0.0)

@@ -62,6 +62,16 @@ def write_json(path: Path, document: object) -> None:
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def publish(figures: Mapping[str, Any], path: Path | None) -> None:
+    """Prints figures as one line of JSON, with the command, code and machine behind them; stores them in `path`, too,
+    where it is given."""
+    told = {"command": runtime.command(), "code": runtime.code_version(), "machine": runtime.machine()}
+    document = {**figures, **told}
+    print(json.dumps(document))
+    if path is not None:
+        write_json(path, document)
+
+
 def read_json(path: Path) -> Any:
     """Reads one JSON document; BadInput names the file when it is missing or broken."""
     try:

@@ -17,6 +17,8 @@ Losses = LossName | dict[LossName, Weight]
 Inside = Annotated[float, Field(gt=0, lt=1)]
 StageName = Literal["matrices", "align", "distill", "sft", "on_policy"]
 LAYERWISE = ("matrices", "align")
+WHOLE = ("sft", "on_policy")
+"""Stages that never cut a document."""
 Mixer = Literal["mamba2", "discrete", "mamba1"]
 Init = Literal["attention", "random"]
 

@@ -77,9 +77,10 @@ def retain(
     json_: Json = False,
 ) -> None:
     """Tell what distillation cost: well-formed answers, length, repetition, KL and agreement, level by level."""
-    from thinkfast import retention
+    from thinkfast import retention, stages
 
-    document = retention.retain(models, samples, problems, texts, seed, out)
+    directories = [stages.teacher_directory(str(model)) for model in models]
+    document = retention.retain(directories, samples, problems, texts, seed, out)
     print("\n".join(retention.in_words(document)))
     finish(document, json_)
 

@@ -186,7 +186,7 @@ def _documents(problems: Iterable[Problem], tokenizer: Tokenizer, source: str) -
     from thinkfast.data.chat import render_prompt
 
     for problem in problems:
-        if problem.solution is None:
+        if problem.solution is None or not problem.solution.strip():
             raise BadInput(f"{source}: problem {problem.id} has no solution to learn from")
         yield render_prompt(tokenizer, problem.problem), [*tokenizer.encode(problem.solution), tokenizer.eos_id]
 

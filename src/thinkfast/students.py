@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from thinkfast import progress, ranks, records
+from thinkfast import progress, ranks, records, rounds
 from thinkfast.errors import BadInput
-from thinkfast.sections import LAYERWISE, Base, Compute, Distill, Losses, OnPolicy, Student, Training, Watching
+from thinkfast.sections import LAYERWISE, WHOLE, Base, Compute, Distill, Losses, OnPolicy, Student, Training, Watching
 from thinkfast.sections import Stages as StageSettings
 from thinkfast.stages import Stages, calibration_ids, layer_plan, ranking_input
 
 if TYPE_CHECKING:
-    from thinkfast.data.corpus import Batch, Corpus, Cursor
+    from thinkfast.data.corpus import Corpus
     from thinkfast.distill.losses import LossSchedule
-    from thinkfast.distill.trainer import Progress, Source, TrainSettings
+    from thinkfast.distill.trainer import Progress, TrainSettings
+    from thinkfast.model.config import DecoderConfig
     from thinkfast.model.decoder import Decoder
+    from thinkfast.recipe import Recipe
 
 ON_ONE = Compute()
 ANSWERS = "answers.jsonl"
@@ -54,7 +54,7 @@ def make_base(
             teacher, training = load_model(teacher_dir), corpus.slice(0, len(corpus) - held_out)
             plan = LayerPlan((), base.init, mixer=base.mixer)
             model = convert(teacher, plan, calibration_ids(training), base.seed)
-            _together(teacher, model, compute, base.stages)
+            _together(teacher, model, compute)
             _train(base, teacher, model, training, teacher_dir, directory, run, watch)
             _write(model, directory, teacher_dir)
             run.note("train", _last_rows(directory / "metrics.jsonl"))
@@ -105,7 +105,7 @@ def make_student(
             model = convert(teacher, plan, calibration_ids(training), student.seed)
         if not run.resuming:
             _write(model, directory, teacher_dir)
-        _together(teacher, model, compute, student.stages)
+        _together(teacher, model, compute)
         _train(student, teacher, model, training, teacher_dir, directory, run, watch)
         run.note("kl", evaluate_kl(teacher, model, unseen))
         _write(model, directory, teacher_dir)
@@ -124,15 +124,13 @@ def _cleared(directory: Path) -> Path:
     return directory
 
 
-def _together(teacher: Decoder, model: Decoder, compute: Compute, stages: tuple[str, ...]) -> None:
+def _together(teacher: Decoder, model: Decoder, compute: Compute) -> None:
     """Shards both models over the processes that torchrun started, if it did."""
     import torch
 
     from thinkfast.distill import parallel
 
     team = ranks.current()
-    if team.together and "on_policy" in stages:
-        raise BadInput("stages: on_policy runs on one process, without torchrun")
     if not team.together and compute.dtype != "float32":
         raise BadInput(f"compute.dtype {compute.dtype}: needs torchrun, also for one process (docs/cluster.md)")
     model.recompute = compute.recompute
@@ -163,11 +161,12 @@ def _train(
 ) -> None:
     """Runs the stages in their order. One that is done is read from its state, so that a later one can go on."""
     from thinkfast.data.corpus import batches
-    from thinkfast.distill import track
+    from thinkfast.distill import parallel, track
     from thinkfast.distill.align import AlignLoss, align, orient
     from thinkfast.distill.losses import CROSS_ENTROPY, Loss
     from thinkfast.distill.trainer import Diverged, Watch, distill
 
+    check_stages(settings, model.config, training)
     name = settings.name if isinstance(settings, Student) else "base"
     first = not ranks.current().rank
     log = track.both(
@@ -194,7 +193,8 @@ def _train(
                 elif isinstance(given, Distill):
                     distill(teacher, model, training, how, directory, _schedule(given), watch=seen)
                 elif isinstance(given, OnPolicy):
-                    source, fixed = _answered(model, training, given, directory / "on_policy")
+                    whole = partial(parallel.whole_everywhere, ranks.current(), model)
+                    source, fixed = rounds.answered(whole, training, given, directory / "on_policy")
                     loss = _loss(given.loss, given)
                     distill(teacher, model, training, how, directory, loss, None, seen, "on_policy", source, fixed)
                 else:
@@ -204,7 +204,56 @@ def _train(
                     )
                     distill(teacher, model, training, how, directory, hard, None, seen, "sft", packed, {"packed": 1})
             except Diverged as error:
-                raise records.Failed(f"{directory}: {error}; the model is that of the last saved state") from None
+                saved_before = any(directory.glob("*.state*"))
+                model_is = "that of the last saved state" if saved_before else "as it was converted"
+                raise records.Failed(f"{directory}: {error}; the model is {model_is}") from None
+
+
+def check_students(recipe: Recipe, teacher_dir: Path, corpus: Corpus) -> None:
+    """`check_stages` for the base and all students of a recipe, before the first of them is trained."""
+    from thinkfast.model.checkpoint import read_config
+    from thinkfast.student.plan import LayerPlan
+
+    teacher, training = read_config(teacher_dir), corpus.slice(0, len(corpus) - recipe.corpus.held_out)
+    if recipe.base is not None:
+        plan = LayerPlan((), recipe.base.init, mixer=recipe.base.mixer)
+        check_stages(recipe.base, plan.student_config(teacher), training)
+    for student in recipe.student:
+        check_stages(student, layer_plan(student).student_config(teacher), training)
+
+
+def check_stages(settings: StageSettings, student: DecoderConfig, training: Corpus) -> None:
+    """Raises BadInput for what a later stage would refuse when its turn comes, naming stage and setting."""
+    from thinkfast.model.config import MAMBA
+    from thinkfast.model.mixer import StateMixer, required
+    from thinkfast.model.mixers import MIXERS
+
+    positions, longest = student.max_position_embeddings, int(training.lengths.max())
+    for stage in settings.stages:
+        given: Training = getattr(settings, stage)
+        if not given.tokens:
+            continue
+        rows = given.row_tokens
+        if rows is not None and rows > min(positions, training.tokens):
+            has = f"the teacher has {positions} positions and {training.path} {training.tokens} tokens"
+            raise BadInput(f"{stage}.row_tokens {rows}: {has}, expected at most the smaller of them")
+        if rows is None and longest > positions:
+            many = int((training.lengths > positions).sum())
+            raise BadInput(
+                f"{stage}: {many} documents of {training.path} are longer than the teacher's {positions} positions, "
+                f"the longest {longest}; leave them out" + ("" if stage in WHOLE else f", or set {stage}.row_tokens")
+            )
+        if stage in LAYERWISE and MAMBA not in student.layer_types:
+            raise BadInput(
+                f"{stage}: the student replaces no attention layer of the teacher: there is nothing to align"
+            )
+        if stage == "matrices" and MIXERS[required(student).kind].matrix is StateMixer.matrix:
+            raise BadInput(f"{required(student).title} has no mixer matrix a head: leave the stage 'matrices' out")
+        if isinstance(given, Distill):
+            _schedule(given)
+        if isinstance(given, OnPolicy):
+            _loss(given.loss, given)
+            rounds.check_room(training, given, student)
 
 
 def _training(settings: Training) -> TrainSettings:
@@ -297,56 +346,6 @@ def _saved(
         text = {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(list(sample.token_ids))}
         written.append(json.dumps({**place, **text, "ended": sample.finish_reason}, ensure_ascii=False))
     records.write_text(path, "\n".join(written) + "\n")
-
-
-def _answered(model: Decoder, corpus: Corpus, settings: OnPolicy, directory: Path) -> tuple[Source, dict[str, Any]]:
-    """Batches of the student's own answers, round after round, and what fixes them. A round is drawn when its first
-    batch is needed, by the student of that moment, and kept: a resumed run finds the same."""
-    from thinkfast.data.corpus import Cursor, batches
-
-    longest = int(corpus.prompt_lengths.max()) + settings.max_tokens
-    if longest > model.config.max_position_embeddings:
-        raise BadInput(
-            f"on_policy.max_tokens {settings.max_tokens}: with the longest prompt that is {longest} tokens, "
-            f"the model has {model.config.max_position_embeddings} positions"
-        )
-
-    def source(cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
-        place, position = cursor.epoch, cursor.position
-        while True:
-            drawn = _round(model, corpus, settings, directory / f"{place:05d}", place)
-            for batch, following in batches(drawn, Cursor(cursor.seed, 0, position), settings.batch_tokens):
-                last = following.epoch > 0
-                yield batch, Cursor(cursor.seed, place + last, 0 if last else following.position)
-                if last:
-                    break
-            place, position = place + 1, 0
-
-    names = ("prompts", "share", "max_tokens", "sampling_temperature")
-    return source, {f"on_policy.{name}": getattr(settings, name) for name in names}
-
-
-def _round(model: Decoder, corpus: Corpus, settings: OnPolicy, directory: Path, place: int) -> Corpus:
-    """The corpus of one round: prompts of `corpus` with the student's completion, or with their own."""
-    from thinkfast.data.corpus import Corpus, write_corpus
-    from thinkfast.engine import Engine, SamplingParams
-
-    if (directory / "corpus.json").exists():
-        return Corpus(directory)
-    random = np.random.default_rng([settings.seed, place])
-    chosen = random.choice(len(corpus), min(settings.prompts, len(corpus)), replace=False)
-    documents = [corpus.document(int(index)) for index in chosen]
-    asked = np.flatnonzero((random.random(len(documents)) < settings.share) & [bool(p) for p, _ in documents]).tolist()
-    params = SamplingParams(
-        max_tokens=settings.max_tokens, temperature=settings.sampling_temperature, seed=settings.seed + place
-    )
-    ends = model.config.eos_token_ids
-    if asked:
-        samples = Engine(model, settings.slots).sample([documents[i][0] for i in asked], 1, params)
-        for i, (sample,) in zip(asked, samples, strict=True):
-            ended = sample.finish_reason == "stop" and ends
-            documents[i] = (documents[i][0], [*sample.token_ids, *(ends[:1] if ended else ())])
-    return write_corpus(directory, documents, corpus.fingerprint, corpus.vocab_size)
 
 
 def _last_rows(metrics: Path) -> dict[str, dict[str, float]]:

@@ -94,6 +94,7 @@ def test_every_answer_of_a_conversation_is_learnt_and_nothing_else(tmp_path, wor
     stretches = conversation([{"role": role, "content": text} for role, text in turns], words, "here")
     assert [words.decode(part) for part in stretches] == ["Dan has 3\n", "Dan 3", "Ben has 4\n", "Ben 4"]
     corpus = write_corpus(tmp_path, [([5], [6]), stretches, ([7], [8, 9])], words.fingerprint, words.vocab_size)
+    assert [Corpus(tmp_path).stretches(index) for index in range(3)] == [[[5], [6]], stretches, [[7], [8, 9]]]
     batch = Corpus(tmp_path).collate(np.array([1, 2]))
     marks = [token for part, learnt in zip(stretches, (0, 1, 0, 1), strict=True) for token in [learnt] * len(part)]
     assert batch.completion[0].int().tolist() == marks

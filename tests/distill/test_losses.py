@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thinkfast.distill.losses import (
     CROSS_ENTROPY,
@@ -131,6 +132,31 @@ def test_the_prompt_gives_no_gradient_to_the_projection_either():
         chunked_loss(Loss(), hidden, head, t, t_head, input_ids, mask).backward()
         grads.append(head.grad)
     assert torch.equal(*grads)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that was made, and how many tensors were."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.size = max(self.size, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)), 0)
+        return out
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+def test_never_more_logits_than_a_chunk_of_them(loss):
+    positions, vocab, width, chunk = 64, 900, 8, 4
+    states = [torch.randn(1, positions, width, requires_grad=True) for _ in range(2)]
+    heads = [torch.randn(vocab, width, requires_grad=True) for _ in range(2)]
+    tokens = torch.randint(0, vocab, (1, positions))
+    mask = prediction_mask(torch.ones(1, positions, dtype=torch.bool))
+    with Largest() as largest:
+        given = states[0], heads[0], states[1].detach(), heads[1].detach(), tokens, mask
+        chunked_loss(loss, *given, chunk=chunk).backward()
+    assert heads[0].grad is not None
+    assert largest.size <= max(chunk, width) * vocab < positions * vocab / 4
 
 
 def test_a_wide_vocabulary_in_bfloat16_is_near_the_exact_gradient():

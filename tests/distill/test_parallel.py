@@ -17,6 +17,7 @@ import torch
 
 from thinkfast import ranks
 from thinkfast.cli import main
+from thinkfast.data.corpus import Corpus
 from thinkfast.data.tokenizer import load_tokenizer, save_word_tokenizer
 from thinkfast.data.wordproblems import generate
 from thinkfast.distill import parallel
@@ -47,11 +48,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A teacher whose gradients stand well above rounding, and problems with solutions."""
+    """A teacher whose gradients stand well above rounding, in sizes that the kernels for training take, and problems
+    with solutions."""
     root = tmp_path_factory.mktemp("team")
     save_word_tokenizer(root / "words")
     words = load_tokenizer(root / "words")
-    config = DecoderConfig(words.vocab_size, 32, 48, 4, 2, 8, (ATTENTION,) * 3, eos_token_ids=(words.eos_id,))
+    config = DecoderConfig(words.vocab_size, 32, 48, 2, 1, 32, (ATTENTION,) * 3, eos_token_ids=(words.eos_id,))
     torch.manual_seed(1)
     model = Decoder(config)
     with torch.no_grad():
@@ -134,6 +136,53 @@ def test_two_processes_are_one_and_a_killed_run_goes_on_with_one_or_three(place,
         mine, theirs = (load_model(tmp_path / which / "student") for which in ("one", name))
         ids = torch.arange(24)[None]
         assert torch.allclose(mine(ids), theirs(ids), atol=1e-3)
+
+
+ON_POLICY = {
+    "student.0.stages": "['on_policy']",
+    "on_policy.tokens": 9_000,
+    "on_policy.lr": 1e-4,
+    "on_policy.batch_tokens": 250,
+    "on_policy.accumulate": 2,
+    "on_policy.save_every": 2,
+    "on_policy.prompts": 7,
+    "on_policy.share": 0.8,
+    "on_policy.max_tokens": 24,
+}
+
+
+def answers_of(student: Path) -> list[str]:
+    """What every round that is on disk holds."""
+    return [Corpus(path.parent).identity for path in sorted(student.glob("on_policy/*/corpus.json"))]
+
+
+def test_two_processes_answer_as_one_and_a_killed_run_goes_on_alone(place, tmp_path):
+    changes = {key.replace(".", "__"): value for key, value in ON_POLICY.items()}
+    assert main(arguments(place, tmp_path / "one", **changes)) == 0
+    whole = rows(tmp_path / "one")
+
+    running = launch(2, arguments(place, tmp_path / "two", **changes))
+    student = tmp_path / "two" / "student"
+    while not ((student / "on_policy" / "00002" / "corpus.json").exists() and list(student.glob("*.state.d/step-*"))):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.01)
+    kill_all(running)
+    assert running.returncode == -signal.SIGKILL
+    saved = int(max(student.glob("on_policy.state.d/step-*")).name.removeprefix("step-"))
+    before = rows(tmp_path / "two")
+    assert saved >= 2
+    assert_same_run(before[:saved], whole[:saved])
+    drawn = answers_of(student)
+    assert len(drawn) >= 3
+    assert len(set(drawn)) == len(drawn)
+
+    assert main(arguments(place, tmp_path / "two", **changes)) == 0
+    after = rows(tmp_path / "two")
+    assert after[:saved] == before[:saved]
+    assert_same_run(after, whole)
+    once = answers_of(tmp_path / "one" / "student")
+    assert answers_of(student) == once
+    assert drawn == once[: len(drawn)]
 
 
 @pytest.fixture

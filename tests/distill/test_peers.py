@@ -44,6 +44,19 @@
   -> tests/distill/test_trainer.py::test_kill_9_and_resume_equals_the_uninterrupted_run
   -> tests/distill/test_peers.py::test_a_saved_state_holds_the_student_alone
   -> tests/distill/test_losses.py::test_a_wide_vocabulary_in_bfloat16_is_near_the_exact_gradient
+  -> tests/data/test_corpus.py::test_two_epochs_give_every_document_twice
+* Prompts or ends masked wrongly where the pad token is the end token, or there is none
+  -> tests/distill/test_refusals.py::test_a_missing_pad_token_is_told_and_does_no_harm
+* A checkpoint that cannot be loaded while the run goes on
+  -> tests/test_students.py::test_divergence_keeps_the_model_of_the_last_save
+* Tokens a second against the time since 1970
+  -> tests/test_students.py::test_the_rate_is_tokens_over_the_seconds_since_this_process_began
+* A gated norm over all groups at once
+  -> tests/model/test_mamba2.py::test_equals_the_definition
+* Tensors of an exported student that readers leave out without a word
+  -> tests/model/test_parity.py::test_what_we_save_the_stock_class_computes
+* Data that is read again, or lost, when its preparation is interrupted
+  -> tests/data/test_writer.py::test_stopped_at_any_document_or_step_it_goes_on_to_the_same_bytes
 * A target of the last layer taken behind the final norm
   -> tests/distill/test_align.py::test_the_block_term_compares_what_a_block_adds_the_last_one_before_the_final_norm
 * Half the gradient lost, or doubled, when a step is cut into several batches

@@ -65,12 +65,48 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tiny_teacher, data, tmp_pat
     [
         ([], "no problems in it"),
         ([{**ROW, "solution": None}], "problem a has no solution to learn from"),
+        ([{**ROW, "solution": " "}], "problem a has no solution to learn from"),
     ],
 )
 def test_an_empty_data_set_and_one_without_anything_to_learn(tiny_teacher, tmp_path, capsys, rows, complaint):
     out = tmp_path / "out"
     file = jsonl(tmp_path / "rows.jsonl", rows)
     assert complaint in refused(capsys, ["distill", tiny_teacher, file, out], out)
+
+
+LATE = {
+    "distill": ({"distill.row_tokens": 300}, "distill.row_tokens 300: the teacher has 512 positions and"),
+    "distill positions": ({"distill.row_tokens": 600}, "distill.row_tokens 600: the teacher has 512 positions"),
+    "distill loss": ({"distill.loss": "{forward_kl = 0.0}"}, "loss has no weight above 0"),
+    "distill blend": ({"distill.blend": "[0.9, 0.1]"}, "blend is [0.9, 0.1], expected two rising shares"),
+    "matrices": ({"student.0.mixer": "'mamba1'"}, "Mamba-1 has no mixer matrix a head: leave the stage 'matrices' out"),
+    "matrices kept": ({"student.0.attention": "[0, 1]"}, "matrices: the student replaces no attention layer"),
+    "on_policy": ({"on_policy.max_tokens": 510}, "on_policy.max_tokens 510: with the longest prompt that is"),
+    "on_policy loss": ({"on_policy.loss": "{jsd = 0.0}"}, "loss has no weight above 0"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_a_late_stage_would_refuse_is_refused_before_the_first(tiny_teacher, data, tmp_path, capsys, case):
+    changes, complaint = LATE[case]
+    out, stage = tmp_path / "out", case.split()[0]
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        f'[teacher]\npath = "{tiny_teacher}"\n[corpus]\npath = "{data}"\nheld_out = 1\n[base]\n'
+        f'[[student]]\nname = "student"\nstages = ["sft", "{stage}"]\n'
+    )
+    words = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    assert complaint in refused(capsys, ["distill", recipe, out, *words], out)
+    assert not (out / "base").exists()
+
+
+def test_documents_longer_than_the_teachers_positions(tiny_teacher, tmp_path, capsys):
+    rows = [{**ROW, "id": str(index), "solution": "Dan 3 " * (index * 100 + 1)} for index in range(5)]
+    out, file = tmp_path / "out", jsonl(tmp_path / "rows.jsonl", rows)
+    told = refused(capsys, ["distill", tiny_teacher, file, out, "--set", "corpus.held_out=1"], out)
+    assert "align: 1 documents of" in told
+    assert "are longer than the teacher's 512 positions, the longest 60" in told
+    assert told.rstrip().endswith("leave them out, or set align.row_tokens")
 
 
 def test_sources_without_a_row_or_an_answer(tiny_teacher, tmp_path, capsys):

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import thinkfast
-from thinkfast.data.corpus import Batch, write_corpus
+from thinkfast.data.corpus import Batch, batches, write_corpus
 from thinkfast.distill import trainer
 from thinkfast.distill.align import align
 from thinkfast.distill.losses import Loss, logits_loss, prediction_mask
@@ -295,6 +296,14 @@ def test_a_batch_without_completions_is_passed_over(teacher, student, tmp_path):
     done = distill(teacher, student, corpus, settings, tmp_path / "o")
     assert done.tokens == 40
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "o"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_documents_of_one_token_teach_nothing_and_that_is_told(teacher, student, tmp_path, packed):
+    corpus = write_corpus(tmp_path / "c", [([], [1])] * 9, "f", 24)
+    source = partial(batches, corpus, batch_tokens=4, packed=packed)
+    with pytest.raises(BadInput, match="distill: no batch of an epoch has a token to learn that follows another one"):
+        distill(teacher, student, corpus, TrainSettings(tokens=10, lr=1e-3), tmp_path, source=source)
 
 
 def test_different_vocabularies_are_refused(teacher, student, corpus, tmp_path):

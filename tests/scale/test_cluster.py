@@ -1,4 +1,6 @@
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -43,23 +45,65 @@ def test_the_rows_are_the_same_whatever_the_number_of_workers(tiny_teacher, prob
     assert alone == drawn(tmp_path / "1") == drawn(tmp_path / "2")
 
 
-def test_a_killed_worker_costs_only_what_it_had_not_finished(tiny_teacher, problems, tmp_path, monkeypatch):
-    died = tmp_path / "died"
+def test_a_killed_worker_costs_only_what_it_was_decoding(tiny_teacher, problems, tmp_path, monkeypatch):
+    """It dies in the middle of decoding, once the driver has what ended before: none of that is drawn again."""
+    died, ended, arrived = tmp_path / "died", tmp_path / "ended", tmp_path / "arrived"
+    ended.touch()
+    arrived.touch()
 
     class Mortal(cluster.Worker):
         def draw(self, pairs, origin, deadline):
-            for ended in super().draw(pairs, origin, deadline):
-                yield ended
-                if not died.exists():
-                    died.touch()
-                    os._exit(9)
+            honest, places = self._engine.stream, list(dict.fromkeys(place for place, _ in pairs))
+
+            def stream(*given):
+                for count, (i, index, sample) in enumerate(honest(*given), 1):
+                    with ended.open("a") as lines:
+                        lines.write(f"{places[i]} {index}\n")
+                    yield i, index, sample
+                    if count == 3 and not died.exists():
+                        patience = time.monotonic() + 120
+                        while not set(ended.read_text().split("\n")) <= set(arrived.read_text().split("\n")):
+                            assert time.monotonic() < patience, "what ended was not handed over"
+                            time.sleep(0.01)
+                        died.touch()
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            self._engine.stream = stream
+            yield from super().draw(pairs, origin, deadline)
+            self._engine.stream = honest
+
+    honest = cluster._dispatch
+
+    def dispatch(*given):
+        for problem, index, sample in honest(*given):
+            with arrived.open("a") as lines:
+                lines.write(f"{problem} {index}\n")
+            yield problem, index, sample
 
     monkeypatch.setattr(cluster, "Worker", Mortal)
-    sample_model(tiny_teacher, problems, SETTINGS, tmp_path / "killed", workers=2)
+    monkeypatch.setattr(cluster, "_dispatch", dispatch)
+    sample_model(tiny_teacher, problems, SETTINGS, tmp_path / "killed", workers=1)
     assert died.exists()
+    once = ended.read_text().splitlines()
+    assert len(once) == len(set(once)) == 42
     monkeypatch.undo()
     sample_model(tiny_teacher, problems, SETTINGS, tmp_path / "whole")
     assert drawn(tmp_path / "killed") == drawn(tmp_path / "whole")
+
+
+def test_what_breaks_in_a_worker_is_told(tiny_teacher, problems, tmp_path, monkeypatch):
+    class Broken(cluster.Worker):
+        def draw(self, pairs, origin, deadline):
+            def stream(*given):
+                raise MemoryError("no room for states")
+                yield
+
+            self._engine.stream = stream
+            yield from super().draw(pairs, origin, deadline)
+
+    monkeypatch.setattr(cluster, "Worker", Broken)
+    with pytest.raises(records.Failed, match=r"a sampling worker failed: .*no room for states"):
+        sample_model(tiny_teacher, problems, SETTINGS, tmp_path / "broken", workers=1)
 
 
 def test_a_session_on_workers_goes_on_where_another_was_cut_off(tiny_teacher, problems, tmp_path):

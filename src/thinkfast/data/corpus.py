@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,13 @@ class Corpus:
         start, cut = int(self._offsets[index]), int(self.prompt_lengths[index])
         ids = self._tokens[start : start + int(self.lengths[index])].tolist()
         return ids[:cut], ids[cut:]
+
+    def stretches(self, index: int) -> list[list[int]]:
+        """The ids of one document as it was written: in turn given and to be learnt."""
+        start, length = int(self._offsets[index]), int(self.lengths[index])
+        cuts = [0, int(self.prompt_lengths[index]), *(at for gap in self._gaps_of(index) for at in gap), length]
+        ids = self._tokens[start : start + length].tolist()
+        return [ids[begin:end] for begin, end in pairwise(cuts)]
 
     def collate(self, indices: npt.NDArray[np.int64]) -> Batch:
         """The documents `indices`, padded to the longest of them."""

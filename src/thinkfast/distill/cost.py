@@ -95,7 +95,7 @@ def parse_gpus(text: str) -> tuple[int, Card]:
     """ "8xH100" as a number and a card. Raises BadInput naming the cards that are known."""
     match = re.fullmatch(r"(?:(\d+)x)?(\S+)", text.strip())
     if match is None or match[2].lower() not in CARDS or match[1] == "0":
-        raise BadInput(f"--gpus {text}: expected a number and a card, e.g. 8xH100; known are {', '.join(CARDS)}")
+        raise BadInput(f"--plan {text}: expected a number and a card, e.g. 8xH100; known are {', '.join(CARDS)}")
     return int(match[1] or 1), CARDS[match[2].lower()]
 
 

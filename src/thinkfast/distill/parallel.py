@@ -164,13 +164,23 @@ def whole(team: Team, student: Decoder) -> Decoder | None:
 
     Alone it is the student itself.
     """
+    gathered = _gathered(team, student, first_alone=True)
+    return None if team.rank else gathered
+
+
+def whole_everywhere(team: Team, student: Decoder) -> Decoder:
+    """As `whole`, on every process."""
+    return _gathered(team, student, first_alone=False)
+
+
+def _gathered(team: Team, student: Decoder, first_alone: bool) -> Decoder:
     if not team.together:
         return student
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if team.rank:
-        return None
+    # Weights that are offloaded to the CPU reach the first process alone.
+    weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=first_alone))
     gathered = Decoder(student.config)
-    gathered.load_state_dict(weights)
+    if weights:
+        gathered.load_state_dict(weights)
     return gathered.eval()

@@ -284,7 +284,8 @@ class _Run:
         self._tokens = 0
 
     def gather(self, stream: Iterator[tuple[Batch, Cursor]]) -> list[Batch]:
-        """The batches of the next step, those without anything to learn left out."""
+        """The batches of the next step, those without anything to learn left out. Raises BadInput where a whole epoch
+        has nothing else."""
         found: list[Batch] = []
         self._tokens = self.counters.tokens
         while len(found) < self.settings.accumulate:
@@ -292,6 +293,8 @@ class _Run:
             if self.task.valid(batch):
                 found.append(batch)
                 self._tokens += batch.tokens
+            elif not found and self._cursor.epoch > self.counters.cursor.epoch + 1:
+                raise BadInput(f"{self.task.stage}: no batch of an epoch has a token to learn that follows another one")
         return found
 
     def gradient(self, step: Sequence[Batch]) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Spreads sampling over the workers of a Ray cluster. Needs `pip install thinkfast[ray]`.
 
-Every worker is a process of one thread with a model and an engine of its own. The driver hands out sample indices round
-by round in portions and gets the samples as they finish, so that a worker that dies costs only what it was decoding and
-what it had not handed over, which it does up to five times a second: every sample alone took a tenth of the speed.
+Every worker is a process with a model and an engine of its own. The driver hands out sample indices round by round in
+portions and gets the samples as they finish, so that a worker that dies costs only what it was decoding: its engine
+runs beside the thread that hands over, and nothing that has ended waits for what has not.
 What is drawn depends on the seed, the prompt and the sample index alone, hence not on the number of workers.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from thinkfast.errors import BadInput
@@ -29,7 +31,6 @@ Stream = Callable[[Collection[Pair], float, float], Iterator[tuple[int, int, "Sa
 Finished = list[tuple[int, int, "Sample"]]
 
 ROUNDS_A_PORTION = 4
-HAND_OVER_SECONDS = 0.2
 DEATHS_IN_A_ROW = 8
 
 
@@ -53,21 +54,33 @@ class Worker:
         return self._engine.backend
 
     def draw(self, pairs: Sequence[Pair], origin: float, deadline: float) -> Iterator[Finished]:
-        """Draws these samples, yielding those that ended; the clock shows 0 at `origin`, seconds since the epoch."""
+        """Draws these samples, yielding all that have ended as soon as one has; the clock shows 0 at `origin`, seconds
+        since the epoch."""
         places = list(dict.fromkeys(problem for problem, _ in pairs))
         wanted = set(pairs)
         n = 1 + max(index for _, index in pairs)
         skip = {(i, j) for i, place in enumerate(places) for j in range(n) if (place, j) not in wanted}
         prompts = [self._prompts[place] for place in places]
         clock = time.time() - origin
-        ended: Finished = []
-        handed = 0.0
-        for i, index, sample in self._engine.stream(prompts, n, self._params, deadline, skip, clock):
-            ended.append((places[i], index, sample))
-            if time.monotonic() - handed > HAND_OVER_SECONDS:
-                yield ended
-                ended, handed = [], time.monotonic()
-        yield ended
+        ended: SimpleQueue[tuple[int, int, Sample] | None] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                for i, index, sample in self._engine.stream(prompts, n, self._params, deadline, skip, clock):
+                    ended.put((places[i], index, sample))
+            finally:
+                ended.put(None)
+
+        with ThreadPoolExecutor(1) as thread:
+            working = thread.submit(work)
+            more = True
+            while more:
+                found = [ended.get()]
+                while not ended.empty():
+                    found.append(ended.get())
+                more = found[-1] is not None
+                yield [entry for entry in found if entry is not None]
+            working.result()
 
 
 @contextmanager

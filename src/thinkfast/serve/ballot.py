@@ -133,7 +133,8 @@ class Ballot:
         """Whether more chains need not be waited for.
 
         majority: those still to come cannot change the answer. adaptive: with a chance of at most .05 another answer
-        would lead, were there no end of them (`scale.adaptive`). best_of_n and weighted are never decided early.
+        would lead, were there no end of them (`scale.adaptive`). Neither without more than half of the votes for one
+        answer. best_of_n and weighted are never decided early.
         """
         if len(self.chains) < self.least or self.strategy in RANKED or self.unplaced:
             return False
@@ -141,6 +142,8 @@ class Ballot:
             return False  # those to come are as many as there are
         counts = [int(votes) for votes in self.totals().values()]
         first, second = sorted([*counts, 0, 0], reverse=True)[:2]
+        if 2 * first <= sum(counts):
+            return False
         if first - second > self.limit - len(self.chains):
             return True
         return self.strategy == "adaptive" and decided(counts, UNSURE)

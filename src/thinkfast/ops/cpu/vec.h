@@ -54,9 +54,9 @@ TF_INLINE V larger(V a, V b) {
     return a > b ? a : b;
 }
 
-TF_INLINE v8 half(vec x, int which) {
+TF_INLINE v8 half(vec x, [[maybe_unused]] int which) {
 #ifdef __AVX512F__
-    return which ? __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15) : __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    return which ? (v8)_mm512_extractf64x4_pd((__m512d)x, 1) : (v8)_mm512_castps512_ps256((__m512)x);
 #else
     v8 part;
     std::memcpy(&part, reinterpret_cast<const char*>(&x) + which * (sizeof x - sizeof part), sizeof part);
