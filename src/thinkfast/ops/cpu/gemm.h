@@ -11,7 +11,7 @@
 namespace tf {
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int kDepth = 192;  // rows of a panel that stay in the first level of cache with those of X
+constexpr int kDepth = 128;  // rows of a panel that stay in the first level of cache with those of X
 constexpr int kTile = 64;    // rows of X at most, an even number
 
 struct Packed {

@@ -27,9 +27,9 @@ struct MambaWeights {
 };
 
 // Channels [first, last) of the convolution, in place. The past input of position p lies at ring row p % (taps - 1). Taps:
-// their number where known when compiling, else 0.
+// their number where known when compiling, else 0. Meanwhile fetches the ring `next`.
 template <int Taps>
-static void convolve(const MambaShape& s, const MambaWeights& w, float* ring, float* channels, int position, int first, int last) {
+static void convolve(const MambaShape& s, const MambaWeights& w, float* ring, const float* next, float* channels, int position, int first, int last) {
     int ld = s.channels_padded(), past = (Taps ? Taps : s.taps) - 1;
     float* rows[64];
     for (int j = 0; j < past; j++) rows[j] = ring + (size_t)((position + j) % past) * ld;
@@ -37,7 +37,10 @@ static void convolve(const MambaShape& s, const MambaWeights& w, float* ring, fl
         for (int j = 0; j < past; j++) std::fill(rows[j] + first, rows[j] + last, 0.0f);
     for (int c = first; c < std::min(last, s.channels()); c += kLanes) {
         vec x = load(channels + c), y = load(w.conv_bias.data() + c);
-        for (int j = 0; j < past; j++) y += load(rows[j] + c) * load(w.conv.data() + (size_t)j * ld + c);
+        for (int j = 0; j < past; j++) {
+            fetch(next + (size_t)j * ld + c, sizeof y);
+            y += load(rows[j] + c) * load(w.conv.data() + (size_t)j * ld + c);
+        }
         y += x * load(w.conv.data() + (size_t)past * ld + c);
         if (past) store(rows[0] + c, x);
         y = silu(y);

@@ -183,22 +183,28 @@ struct Pool {
         const int width = w.in_proj.n, out = shape.inner() + kSpare;
         auto memory_of = [&](int r) { return memory.mamba(rows[r].slot, layer.index); };
         auto channels_of = [&](int r) { return &s.wide[(size_t)r * width + shape.inner()]; };
+        auto after = [&](int r) { return memory_of(std::min(r + 1, n - 1)); };
+        auto mix = [&](int r, int begin, int end) {
+            auto run = shape.taps == 4 ? convolve<4> : convolve<0>;
+            run(shape, w, memory_of(r), after(r), channels_of(r), rows[r].position, begin, end);
+        };
+        auto update = [&](int r, int begin, int end) {
+            float *state = memory_of(r) + shape.ring_size(), *next = after(r) + shape.ring_size(), *channels = channels_of(r);
+            pace(shape, w, channels + shape.channels(), mine.steps.data(), mine.decays.data());
+            update_state(shape, w, state, next, rows[r].position == 0, channels, mine.steps.data(), mine.decays.data(), &s.middle[(size_t)r * out], begin, end);
+        };
+        auto close = [&](int r) { gated_norm(shape, w, &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], m.eps); };
+        if (team.size == 1) {
+            for (int r = 0; r < n; r++) mix(r, 0, shape.channels_padded()), update(r, 0, shape.heads), close(r);
+            return;
+        }
         // Rows of one slot go in order: channels and heads are shared out, not rows.
         int blocks = shape.channels_padded() / kSpare;
-        for (int r = 0; r < n; r++) {
-            auto mix = shape.taps == 4 ? convolve<4> : convolve<0>;
-            mix(shape, w, memory_of(r), channels_of(r), rows[r].position, team.begin(blocks) * kSpare, team.end(blocks) * kSpare);
-        }
+        for (int r = 0; r < n; r++) mix(r, team.begin(blocks) * kSpare, team.end(blocks) * kSpare);
         team.meet();
-        int first = team.begin(shape.heads), last = team.end(shape.heads);
-        for (int r = 0; r < n; r++) {
-            float *state = memory_of(r) + shape.ring_size(), *next = memory_of(std::min(r + 1, n - 1)) + shape.ring_size();
-            float* channels = channels_of(r);
-            pace(shape, w, channels + shape.channels(), mine.steps.data(), mine.decays.data());
-            update_state(shape, w, state, next, rows[r].position == 0, channels, mine.steps.data(), mine.decays.data(), &s.middle[(size_t)r * out], first, last);
-        }
+        for (int r = 0; r < n; r++) update(r, team.begin(shape.heads), team.end(shape.heads));
         team.meet();
-        for (int r = team.begin(n); r < team.end(n); r++) gated_norm(shape, w, &s.wide[(size_t)r * width], &s.middle[(size_t)r * out], m.eps);
+        for (int r = team.begin(n); r < team.end(n); r++) close(r);
     }
 
     // What a layer reads that is not weights, where it fits into the second level of cache: the memory of neighbouring
