@@ -2,11 +2,13 @@
 
     python benchmarks/train_speed.py --out benchmarks/results/train-speed.json
 
-A step is forward, cross-entropy over every token, backward and AdamW. Both sides take turns; the median of several
-steps counts, and losses and gradient norms of the first step have to agree. The floor is the time of the step's matrix
-products alone at the rate of the fastest product measured here; the share reached is floor / seconds.
+A step is forward, cross-entropy over every token, backward and AdamW. Losses and gradient norms of the first step have
+to agree. The floor is the time of the step's matrix products alone at the rate of the fastest product measured here;
+the share reached is floor / seconds.
 
 The stock class runs twice: with the chunk that the student's config.json names (32, "own"), and with its default (256).
+All comparisons take turns, a step of each side at a time in every round, and the median over the rounds counts: a
+machine that is disturbed for some seconds disturbs them all alike, and few of each one's steps.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -92,11 +95,49 @@ def stepper(model: nn.Module, logits: Callable[[Tensor], Tensor], ids: Tensor) -
     return step
 
 
-def compare(
-    name: str, attention: tuple[int, ...], chunk: int | None, ids: Tensor, steps: int, rate: float
-) -> dict[str, object]:
-    """Times both sides on one student of the bundled teacher; `chunk` is that of the stock class' recurrence, by
-    default the one that the student's config.json names."""
+@dataclass
+class Comparison:
+    """Two sides that train the same student, and what each of their steps said."""
+
+    name: str
+    chunk: int | None
+    config: DecoderConfig
+    sides: dict[str, Callable[[], dict[str, float]]]
+    found: dict[str, list[dict[str, float]]]
+
+    def turn(self) -> None:
+        """One step of each side."""
+        for side, step in self.sides.items():
+            self.found[side].append(step())
+
+    def check(self) -> None:
+        """Raises SystemExit unless the first steps did the same work."""
+        first = [rows[0] for rows in self.found.values()]
+        for key in ("loss", "gradient"):
+            if abs(first[0][key] - first[1][key]) > 2e-3 * abs(first[1][key]):
+                here = f"{key} {first[0][key]} here, {first[1][key]} in transformers"
+                raise SystemExit(f"{self.name}: {here}: not the same work")
+
+    def summary(self, ids: Tensor, rate: float) -> dict[str, object]:
+        """Medians of all steps but the first, and the floor."""
+        medians = {side: statistics.median(row["seconds"] for row in rows[1:]) for side, rows in self.found.items()}
+        floor = step_flops(self.config, *ids.shape) / rate
+        return {
+            "stock_chunk": self.chunk,
+            "first_step": {side: rows[0] for side, rows in self.found.items()},
+            "seconds": medians,
+            "fastest_step": {side: min(row["seconds"] for row in rows) for side, rows in self.found.items()},
+            "every_step": {side: [row["seconds"] for row in rows] for side, rows in self.found.items()},
+            "tokens_per_second": {side: ids.numel() / seconds for side, seconds in medians.items()},
+            "times_faster": medians["transformers"] / medians["thinkfast"],
+            "floor_seconds": floor,
+            "share_of_floor": floor / medians["thinkfast"],
+        }
+
+
+def prepare(name: str, attention: tuple[int, ...], chunk: int | None, ids: Tensor) -> Comparison:
+    """Both sides of one student of the bundled teacher; `chunk` is that of the stock class' recurrence, by default the
+    one that the student's config.json names."""
     teacher = load_model(teacher_directory("bundled"))
     ours: Decoder = convert(teacher, LayerPlan(attention), ids[:2, :256])
     with tempfile.TemporaryDirectory() as folder:
@@ -116,25 +157,7 @@ def compare(
         "thinkfast": stepper(ours, ours, ids),
         "transformers": stepper(stock, lambda x: stock(x, use_cache=False).logits, ids),
     }
-    found: dict[str, list[dict[str, float]]] = {side: [step()] for side, step in sides.items()}
-    first = [found[side][0] for side in sides]
-    for key in ("loss", "gradient"):
-        if abs(first[0][key] - first[1][key]) > 2e-3 * abs(first[1][key]):
-            raise SystemExit(f"{name}: {key} {first[0][key]} here, {first[1][key]} in transformers: not the same work")
-    for _ in range(steps):
-        for side, step in sides.items():
-            found[side].append(step())
-    medians = {side: statistics.median(row["seconds"] for row in rows[1:]) for side, rows in found.items()}
-    floor = step_flops(ours.config, *ids.shape) / rate
-    return {
-        "first_step": dict(zip(sides, first, strict=True)),
-        "seconds": medians,
-        "every_step": {side: [row["seconds"] for row in rows] for side, rows in found.items()},
-        "tokens_per_second": {side: ids.numel() / seconds for side, seconds in medians.items()},
-        "times_faster": medians["transformers"] / medians["thinkfast"],
-        "floor_seconds": floor,
-        "share_of_floor": floor / medians["thinkfast"],
-    }
+    return Comparison(name, chunk, ours.config, sides, {side: [] for side in sides})
 
 
 def main() -> None:
@@ -142,11 +165,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=31, help="rounds that count; there is one more before them")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     ids, rate = batch_of(teacher_directory("bundled"), given.rows, given.length), gemm_rate()
-    students = {"pure": (), "hybrid": (2,)}
+    students: dict[str, tuple[int, ...]] = {"pure": (), "hybrid": (2,)}
+    comparisons = [
+        prepare(f"{name}, {'own' if chunk is None else chunk}", kept, chunk, ids)
+        for name, kept in students.items()
+        for chunk in (None, STOCK_CHUNK)
+    ]
+    for round_ in range(given.steps + 1):
+        for comparison in comparisons:
+            comparison.turn()
+            if round_ == 0:
+                comparison.check()
+    rows = {comparison.name: comparison.summary(ids, rate) for comparison in comparisons}
     document = {
         "command": runtime.command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -157,16 +191,9 @@ def main() -> None:
         "batch": [given.rows, given.length],
         "steps": given.steps,
         "gflops": rate / 1e9,
-        "students": {
-            f"{name}, {'own' if chunk is None else chunk}": {
-                "stock_chunk": chunk,
-                **compare(name, kept, chunk, ids, given.steps, rate),
-            }
-            for name, kept in students.items()
-            for chunk in (None, STOCK_CHUNK)
-        },
+        "students": rows,
     }
-    for name, row in document["students"].items():
+    for name, row in rows.items():
         print(f"{name}: {row['times_faster']:.1f} times faster, {row['share_of_floor']:.0%} of the floor")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,17 @@
 """The kernels for training against the plain torch path in float64, values and every gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from thinkfast.model.attention import Attention
 from thinkfast.model.config import DecoderConfig, MambaConfig
+from thinkfast.model.decoder import Decoder
 from thinkfast.model.layers import RMSNorm, SwiGLU
 from thinkfast.model.mamba2 import Mamba2
 from thinkfast.ops.cpu import training
@@ -36,6 +39,23 @@ def mamba(heads: int, width: int, state: int, groups: int, taps: int, chunk: int
             assert weight is not None
             weight.add_(torch.randn_like(weight) / 2)
     return layer
+
+
+class Half(nn.Module):
+    """A norm and what stands behind it, with the residual; refuses to run in several calls."""
+
+    def __init__(self, inner: SwiGLU | Mamba2) -> None:
+        super().__init__()
+        self.norm, self.inner = RMSNorm(48, 1e-5), inner
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = training.usable(x, self.norm.weight)
+        with pytest.MonkeyPatch.context() as patch:
+            if alone:
+                patch.setattr(self.norm, "forward", lambda _: pytest.fail("the half of the layer is not one call"))
+            out: Tensor = self.inner.added(x, self.norm)
+        return out
 
 
 def run(module: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
@@ -132,6 +152,7 @@ def test_numbers_do_not_depend_on_threads() -> None:
     weights = [t.detach() for t in (layer.conv1d.weight, bias, layer.dt_bias, layer.A_log, layer.D, layer.norm.weight)]
     shape = training.MixerShape(4, 16, 16, 4, 4, 32, 1e-5)
     rows, found = torch.randn(5, 130, layer.in_proj.out_features), []
+    halves = Half(layer), Half(SwiGLU(48, 80))
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         given = [t.clone().requires_grad_() for t in (rows, *weights)]
@@ -140,6 +161,9 @@ def test_numbers_do_not_depend_on_threads() -> None:
         x, scale = rows.clone().requires_grad_(), torch.ones(rows.shape[-1] // 16 * 16).requires_grad_()
         training.rms_norm(x[..., : len(scale)], scale, 1e-5).sum().backward()
         found.append([out.detach(), *(t.grad for t in (*given, x, scale) if t.grad is not None)])
+        for half in halves:
+            half.zero_grad()
+            found[-1] += run(half, rows[..., :48], rows[..., 48:96])
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
@@ -154,3 +178,97 @@ def test_without_a_compiler_the_plain_path_serves(monkeypatch: pytest.MonkeyPatc
     assert layer._fused(x) is None
     for one, other in zip(run(layer, x, upstream), fast, strict=True):
         assert float((one - other).abs().max()) <= 2 * CLOSE * float(one.abs().max())
+
+
+@pytest.mark.parametrize(("length", "rows"), [(70, 1), (200, 3)])
+def test_the_feed_forward_half_of_a_layer(length: int, rows: int) -> None:
+    """Up to two parts of four tiles, the last of them cut off."""
+    torch.manual_seed(length)
+    half = Half(SwiGLU(48, 80))
+    compare(half, torch.randn(rows, length, 48))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"), [((4, 32, 32, 4, 4, 32), 77), ((3, 16, 32, 1, 4, 32), 150), ((2, 32, 16, 2, 3, 64), 200)]
+)
+def test_the_mixer_half_of_a_layer(sizes: tuple[int, int, int, int, int, int], length: int) -> None:
+    torch.manual_seed(length)
+    compare(Half(mamba(*sizes)), torch.randn(3, length, 48))
+
+
+HALVES: list[Callable[[], SwiGLU | Mamba2]] = [lambda: SwiGLU(48, 80), lambda: mamba(4, 16, 16, 2, 4, 32)]
+
+
+@pytest.mark.parametrize("made", HALVES, ids=["feed-forward", "mixer"])
+def test_activations_that_are_computed_again(made: Callable[[], SwiGLU | Mamba2]) -> None:
+    """The half is run twice before its gradients are taken, and its graph is used twice."""
+    torch.manual_seed(7)
+    half, x = Half(made()), torch.randn(2, 90, 48)
+    upstream = torch.randn_like(x)
+    once = run(half, x, upstream)
+    half.zero_grad()
+    again = x.clone().requires_grad_()
+    checkpoint(half, again, use_reentrant=False).backward(upstream)
+    assert torch.equal(once[1], again.grad)
+    assert all(torch.equal(one, t.grad) for one, t in zip(once[2:], half.parameters(), strict=True))
+    out = half(again)
+    first, second = (torch.autograd.grad(out, [again, *half.parameters()], upstream, retain_graph=True) for _ in "ab")
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(first, once[1:], strict=True))
+
+
+@pytest.mark.parametrize("made", HALVES, ids=["feed-forward", "mixer"])
+def test_weights_that_do_not_fit_into_a_cache_take_several_calls(
+    made: Callable[[], SwiGLU | Mamba2], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(8)
+    half, x = Half(made()), torch.randn(2, 70, 48)
+    upstream = torch.randn_like(x)
+    expected = run(half, x, upstream)
+    half.zero_grad()
+    monkeypatch.setattr(training, "MAX_WEIGHTS", 0)
+    monkeypatch.setattr(Half, "forward", lambda self, x: self.inner.added(x, self.norm))
+    for name in ("through",):
+        monkeypatch.setattr(training, name, lambda *_: pytest.fail("one call for too many weights"))
+    for one, other in zip(run(half, x, upstream), expected, strict=True):
+        assert float((one - other).abs().max()) <= 2 * CLOSE * float(other.abs().max())
+
+
+def test_layers_in_a_row_are_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layer by layer, which is how activations are computed again, and as without gradients."""
+    torch.manual_seed(9)
+    shape = MambaConfig(2, 16, 16, 2, chunk_size=32)
+    kinds = ("mamba", "mamba", "attention", "mamba")
+    model = Decoder(DecoderConfig(8, 48, 32, 2, 2, 32, kinds, mamba=shape))
+    ids, seen, found = torch.randint(8, (2, 70)), list[int](), []
+    whole = training.through
+
+    def through(x: Tensor, halves: Sequence[training.Half], *given: Any) -> Tensor:
+        seen.append(len(halves))
+        return whole(x, halves, *given)
+
+    monkeypatch.setattr(training, "through", through)
+    for model.recompute in (False, True):
+        model.zero_grad()
+        out = model(ids)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in model.parameters())])
+    assert seen == [4, 1, 2, *[1] * 7, *[1] * 7]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    with torch.no_grad():
+        assert torch.equal(model(ids), found[0][0])
+
+
+def test_documents_in_one_row_are_as_each_alone() -> None:
+    torch.manual_seed(10)
+    shape = MambaConfig(2, 16, 16, 2, chunk_size=32)
+    model = Decoder(DecoderConfig(8, 48, 32, 2, 2, 32, ("mamba", "attention", "mamba"), mamba=shape))
+    ids, bounds = torch.randint(8, (1, 140)), torch.tensor([0, 37, 38, 140])
+    found = []
+    for pieces in ([model.hidden(ids, bounds=bounds)], [model.hidden(part) for part in ids.split([37, 1, 102], 1)]):
+        model.zero_grad()
+        out = torch.cat(pieces, 1)
+        out.square().mul(torch.arange(1, 49)).sum().backward()
+        found.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).abs().max()) <= 2 * CLOSE * float(other.abs().max())

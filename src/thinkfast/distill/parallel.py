@@ -26,8 +26,8 @@ from thinkfast.model.decoder import Block, Decoder
 from thinkfast.ranks import Team
 
 STEP, FACTS = "step-", "state.json"
-CALLED = ("matrix",)
-"""Methods of a mixer that stages call beside `forward`; its weights must be whole for them as well."""
+CALLED = ("matrix", "added")
+"""Methods of the parts of a layer that are called beside `forward`; their weights must be whole for them as well."""
 
 
 class Pair(nn.Module):

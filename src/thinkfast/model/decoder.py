@@ -14,6 +14,7 @@ from thinkfast.model.config import ATTENTION, DecoderConfig
 from thinkfast.model.layers import RMSNorm, SwiGLU
 from thinkfast.model.mixer import StateMixer, required
 from thinkfast.model.mixers import MIXERS
+from thinkfast.ops.cpu import training
 
 
 class Block(nn.Module):
@@ -42,9 +43,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, bounds: Tensor | None = None) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
-        x = x + self.mix(self.input_layernorm(x), cache, bounds)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        if cache is None and isinstance(self.mixer, StateMixer):
+            x = self.mixer.added(x, self.input_layernorm, bounds)
+        else:
+            x = x + self.mix(self.input_layernorm(x), cache, bounds)
+        out: Tensor = self.mlp.added(x, self.post_attention_layernorm)
         return out
+
+    def halves(self, x: Tensor) -> list[tuple[training.Half, list[Tensor]]]:
+        """Both halves for the kernels for training, or none where these do not take the whole block."""
+        if not isinstance(self.mixer, StateMixer):
+            return []
+        found = self.mixer.as_half(x, self.input_layernorm), self.mlp.as_half(x, self.post_attention_layernorm)
+        return [half for half in found if half is not None] if None not in found else []
 
 
 class Decoder(nn.Module):
@@ -78,16 +89,29 @@ class Decoder(nn.Module):
         if bounds is not None:
             _check_bounds(bounds, input_ids, cache)
         x = self.embed_tokens(input_ids)
+        recompute = self.recompute and torch.is_grad_enabled()
+        halves: list[tuple[training.Half, list[Tensor]]] = []  # of layers that are still to come, in one call
         for index, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
+            if cache is None and not recompute and isinstance(layer, Block) and (found := layer.halves(x)):
+                halves += found
+                continue
+            x, halves = _through(x, halves, bounds), []
+            if recompute:
                 x = checkpoint(layer, x, None, bounds, use_reentrant=False)
             else:
                 x = layer(x, None if cache is None else cache.layers[index], bounds)
-        normed: Tensor = self.norm(x)
+        normed: Tensor = self.norm(_through(x, halves, bounds))
         return normed
 
     def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         return F.linear(self.hidden(input_ids, cache), self.head_weight)
+
+
+def _through(x: Tensor, halves: list[tuple[training.Half, list[Tensor]]], bounds: Tensor | None) -> Tensor:
+    if not halves:
+        return x
+    weights = [weight for _, own in halves for weight in own]
+    return training.through(x, [half for half, _ in halves], weights, bounds)
 
 
 def _check_bounds(bounds: Tensor, input_ids: Tensor, cache: Cache | None) -> None:

@@ -48,6 +48,20 @@ class SwiGLU(nn.Module):
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
+    def as_half(self, x: Tensor, norm: RMSNorm) -> tuple[training.Half, list[Tensor]] | None:
+        """x + self(norm(x)) as half a layer with its weights; None where the kernels for training do not take it."""
+        weights = [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
+        if not training.small(*weights) or not training.usable(x, norm.weight, *weights):
+            return None
+        return training.Half(norm.eps), [*weights, norm.weight]
+
+    def added(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + self(norm(x)), in one call where that can be."""
+        if (half := self.as_half(x, norm)) is not None:
+            return training.through(x, [half[0]], half[1])
+        out: Tensor = x + self(norm(x))
+        return out
+
 
 def by_document(compute: Callable[..., Tensor], bounds: Tensor | None, *rows: Tensor) -> Tensor:
     """compute(*rows) for tensors (B, L, ...) that give one (B, L, ...): whatever looks back along L.

@@ -13,7 +13,7 @@ from thinkfast.errors import BadInput
 from thinkfast.model.attention import Attention
 from thinkfast.model.cache import MambaCache
 from thinkfast.model.config import MAMBA2, DecoderConfig, MambaConfig
-from thinkfast.model.layers import by_document
+from thinkfast.model.layers import RMSNorm, by_document
 from thinkfast.model.mixer import (
     CONV_GAIN,
     COPIED,
@@ -101,19 +101,30 @@ class Mamba2(StateMixer):
         normed: Tensor = self.norm(y.reshape(z.shape), z)
         return normed
 
-    def _fused(self, u: Tensor, bounds: Tensor | None = None) -> Tensor | None:
-        """The same by the kernels for training, where they take it."""
-        bias = self.conv1d.bias
-        if bias is None or self.norm.groups != self.shape.n_groups:
+    def as_half(self, x: Tensor, norm: RMSNorm) -> tuple[training.Half, list[Tensor]] | None:
+        matrices = self.in_proj.weight, self.out_proj.weight
+        given = self._kernel_inputs(x, norm.weight, *matrices) if training.small(*matrices) else None
+        if given is None:
             return None
-        weights = self.conv1d.weight, bias, self.dt_bias, self.A_log, self.D, self.norm.weight
-        shape = self.shape
+        return training.Half(norm.eps, given[1]), [*matrices, norm.weight, *given[0]]
+
+    def _fused(self, u: Tensor, bounds: Tensor | None = None) -> Tensor | None:
+        """The same as the plain path by the kernels for training, where they take it."""
+        given = self._kernel_inputs(u, self.in_proj.weight)
+        if given is None:
+            return None
+        out: Tensor = self.out_proj(training.mixer(self.in_proj(u), *given, bounds))
+        return out
+
+    def _kernel_inputs(self, u: Tensor, *matrices: Tensor) -> tuple[list[Tensor], training.MixerShape] | None:
+        """Weights and sizes for the kernels for training; None where these do not take them."""
+        bias, shape = self.conv1d.bias, self.shape
+        if bias is None or self.norm.groups != shape.n_groups:
+            return None
+        weights = [self.conv1d.weight, bias, self.dt_bias, self.A_log, self.D, self.norm.weight]
         sizes = shape.n_heads, shape.head_dim, shape.d_state, shape.n_groups, shape.d_conv, shape.chunk_size
         fused = training.MixerShape(*sizes, self.norm.eps)
-        if not fused.fits or not training.usable(u, self.in_proj.weight, *weights):
-            return None
-        out: Tensor = self.out_proj(training.mixer(self.in_proj(u), weights, fused, bounds))
-        return out
+        return (weights, fused) if fused.fits and training.usable(u, *matrices, *weights) else None
 
     def _inputs(self, rows: Tensor, cache: MambaCache | None) -> tuple[Tensor, ...]:
         """z, x, dt, A, B, C of the recurrence, all but z in float32."""

@@ -21,6 +21,7 @@ from thinkfast.model.cache import MambaCache
 from thinkfast.model.config import DecoderConfig, MambaConfig
 from thinkfast.model.layers import RMSNorm
 from thinkfast.ops.conv import causal_conv, causal_conv_step
+from thinkfast.ops.cpu import training
 
 # silu(GATE_ONE) == 1: the value of z at which the gate lets everything pass.
 GATE_ONE = 1.2784645427610738
@@ -62,6 +63,17 @@ class StateMixer(nn.Module, ABC):
     @abstractmethod
     def start(self, attention: Attention, norm_weight: Tensor, trace: Trace | None) -> None:
         """Starts near `attention`, whose inputs are scaled by `norm_weight` (D,); in place, without a gradient."""
+
+    def as_half(self, x: Tensor, norm: RMSNorm) -> tuple[training.Half, list[Tensor]] | None:
+        """x + self(norm(x)) as half a layer with its weights, for the kinds that the kernels for training take."""
+        return None
+
+    def added(self, x: Tensor, norm: RMSNorm, bounds: Tensor | None = None) -> Tensor:
+        """x + self(norm(x)), in one call where that can be."""
+        if (half := self.as_half(x, norm)) is not None:
+            return training.through(x, [half[0]], half[1], bounds)
+        out: Tensor = x + self(norm(x), None, bounds)
+        return out
 
     def matrix(self, u: Tensor) -> Tensor:
         """What the recurrence multiplies its values by, (B, H, L, L), for inputs u (B, L, D): the counterpart of the

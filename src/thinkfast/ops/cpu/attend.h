@@ -69,7 +69,7 @@ static inline void attend(const Heads& h, int length, const float* q, const floa
                     store(row + s, x);
                 }
                 for (; s < n; s += kLanes) store(row + s, vec{});
-                const float all = sum(total);
+                const float all = lanes_sum(total);
                 scale[t] = 1.0f / all;
                 log_sums[(size_t)head * length + first + t] = top + std::log(all);
             }
@@ -110,7 +110,7 @@ static inline void attend_backward(const Heads& h, int length, const float* q, c
                 if (last >= 0) {
                     vec products = vec{};
                     for (int c = 0; c < P; c += kLanes) products += load(given + t * P + c) * load(out + at + t * h.row(false) + c);
-                    const float mean = sum(products), log_sum = log_sums[(size_t)head * length + last];
+                    const float mean = lanes_sum(products), log_sum = log_sums[(size_t)head * length + last];
                     for (; s <= last; s += kLanes) {
                         vec x = load(row + s) - log_sum;
                         vec weight = count_from(s) > last ? vec{} : exp_upto88(x < 0.0f ? x : vec{});

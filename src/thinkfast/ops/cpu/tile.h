@@ -21,29 +21,29 @@ enum class Shape { full, lower, upper };  // what of the left matrix is not zero
 constexpr int kStripe = kLanes == 16 ? 8 : 4;  // rows of a product that are summed in registers together
 constexpr int kBlock = 16;                     // sizes of matrices here are multiples of this
 
-// C (kStripe, V vectors) = A (kStripe, k) B (k, V vectors), or C += A B.
-template <int V>
-static inline void stripe(Strided a, const float* b, int ldb, float* c, int ldc, int k, bool add) {
-    vec acc[kStripe][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < kStripe; r++)
-#pragma GCC unroll 2
+// C (M, V vectors) = A (M, k) B (k, V vectors), or C += A B.
+template <int M, int V>
+TF_INLINE void stripe(Strided a, const float* b, int ldb, float* c, int ldc, int k, bool add) {
+    vec acc[M][V];
+#pragma GCC unroll 12
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++) acc[r][v] = add ? load(c + r * ldc + v * kLanes) : vec{};
     for (int i = 0; i < k; i++) {
         vec right[V];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++) right[v] = load(b + i * ldb + v * kLanes);
         const float* left = a.at + i * a.col;
-#pragma GCC unroll 8
-        for (int r = 0; r < kStripe; r++) {
+#pragma GCC unroll 12
+        for (int r = 0; r < M; r++) {
             vec one = splat<vec>(left[r * a.row]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; v++) acc[r][v] += one * right[v];
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kStripe; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 12
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++) store(c + r * ldc + v * kLanes, acc[r][v]);
 }
 
@@ -55,8 +55,8 @@ static inline void product(Strided a, const float* b, int ldb, float* c, int ldc
         Strided rows{a.at + r * a.row + first * a.col, a.row, a.col};
         const float* from = b + first * ldb;
         int v = 0;
-        for (; v + 2 * kLanes <= n; v += 2 * kLanes) stripe<2>(rows, from + v, ldb, c + r * ldc + v, ldc, last - first, add);
-        if (v < n) stripe<1>(rows, from + v, ldb, c + r * ldc + v, ldc, last - first, add);
+        for (; v + 2 * kLanes <= n; v += 2 * kLanes) stripe<kStripe, 2>(rows, from + v, ldb, c + r * ldc + v, ldc, last - first, add);
+        if (v < n) stripe<kStripe, 1>(rows, from + v, ldb, c + r * ldc + v, ldc, last - first, add);
     }
 }
 
@@ -67,6 +67,18 @@ TF_INLINE lanes count_from(int begin) {
     lanes x;
     for (int i = 0; i < kLanes; i++) x[i] = i;
     return x + begin;
+}
+
+// The sum of all lanes, in the order of `sum`, in registers alone.
+TF_INLINE float lanes_sum(vec x) {
+#if defined(__AVX512F__)
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1)));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_permute_ps(four, 0x4e));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_permute_ps(four, 0xb1)));
+#else
+    return sum(x);
+#endif
 }
 
 TF_INLINE vec sigmoid(vec x) {
@@ -137,16 +149,26 @@ static void share(int tasks, int threads, const Task& task) {
     else take(&work);
 }
 
-// Floats for the intermediate results of one task.
+// Floats that begin at a cache line.
+class Floats {
+   public:
+    explicit Floats(size_t count) : at_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64))) {
+        if (!at_) throw std::bad_alloc();
+    }
+    ~Floats() { std::free(at_); }
+    Floats(const Floats&) = delete;
+    Floats& operator=(const Floats&) = delete;
+
+    float* get() const { return at_; }
+
+   private:
+    float* at_;
+};
+
+// Memory for the intermediate results of one task.
 class Scratch {
    public:
-    explicit Scratch(size_t floats) : data_(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64))), left_(floats) {
-        if (!data_) throw std::bad_alloc();
-        next_ = data_;
-    }
-    ~Scratch() { std::free(data_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
+    explicit Scratch(size_t floats) : data_(floats), next_(data_.get()), left_(floats) {}
 
     float* take(size_t floats) {
         floats = (floats + 15) / 16 * 16;
@@ -157,7 +179,8 @@ class Scratch {
     }
 
    private:
-    float *data_, *next_;
+    Floats data_;
+    float* next_;
     size_t left_;
 };
 
