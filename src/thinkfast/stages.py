@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkfast import ranks, records, runtime
+from thinkfast import progress, ranks, records, runtime
 from thinkfast.data.problems import Problem, dump_problems, load_problems
 from thinkfast.errors import BadInput
 from thinkfast.recipe import Problems, Text
@@ -155,7 +155,7 @@ def make_corpus(settings: Text, teacher: Path, directory: Path, stages: Stages) 
 
             def documents(done: int) -> Iterable[Sequence[list[int]]]:
                 if sources:
-                    return mixed(sources, tokenizer, settings.tokens, counts)
+                    return _shown(mixed(sources, tokenizer, settings.tokens, counts), counts, settings.tokens)
                 problems = load_problems(settings.path) if settings.path else generated(settings, "train")
                 return _documents(problems[done:], tokenizer, settings.path or "the generated problems")
 
@@ -165,6 +165,20 @@ def make_corpus(settings: Text, teacher: Path, directory: Path, stages: Stages) 
                 run.note("sources", counts)
             run.note("result", f"{len(corpus)} documents, {corpus.tokens / 1e6:.2f}M tokens")
     return _with_held_out(Corpus(directory, tokenizer.fingerprint), settings)
+
+
+def _shown(
+    documents: Iterable[Sequence[list[int]]], counts: list[dict[str, Any]], tokens: int | None
+) -> Iterator[Sequence[list[int]]]:
+    """The same documents, with a bar where it is known how many tokens there will be."""
+    if tokens is None:
+        yield from documents
+        return
+    with progress.bar("corpus", tokens) as update:
+        for document in documents:
+            made = sum(count["tokens"] for count in counts)
+            update(min(made, tokens), f"{made:,} tokens")
+            yield document
 
 
 def text_sources(settings: Text) -> list[Source]:

@@ -152,5 +152,7 @@ def test_a_data_set_of_the_hub_is_read_row_by_row(tmp_path, words):
     texts(tmp_path / "set" / "train.jsonl", "Dan", 3)
     found = [words.decode(ids) for _, ids in documents(Source(f"hf:{tmp_path / 'set'}"), words)]
     assert found == ["Dan has 0", "Dan has 1", "Dan has 2"]
+    rest = [words.decode(ids) for _, ids in documents(Source(f"hf:{tmp_path / 'set'}"), words, 2)]
+    assert rest == found[2:]
     with pytest.raises(BadInput, match=r"cannot be loaded"):
         list(documents(Source(f"hf:{tmp_path / 'set'}", split="nowhere"), words))
