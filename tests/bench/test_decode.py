@@ -59,7 +59,7 @@ def test_the_machine_is_measured() -> None:
 
 
 def test_a_context_without_room_is_refused() -> None:
-    with pytest.raises(BadInput, match="context is 5, expected at least 6 for 8 steps"):
+    with pytest.raises(BadInput, match="context is 5, expected at least 10 for 16 steps"):
         decode_speeds({"pure": Decoder(PURE).eval()}, (1,), (5,))
     with pytest.raises(BadInput, match="steps is 0 and repeats is 9"):
         decode_speeds({"pure": Decoder(PURE).eval()}, (1,), (50,), steps=0, repeats=9)

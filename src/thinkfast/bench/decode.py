@@ -20,7 +20,16 @@ from thinkfast.bench.machine import (
     prefill_flops,
 )
 from thinkfast.bench.peers import PEERS, open_peer
-from thinkfast.engine.backends import BACKENDS, Backend, Memory, NativeBackend, NativeMemory, decode, open_backend
+from thinkfast.engine.backends import (
+    AHEAD,
+    BACKENDS,
+    Backend,
+    Memory,
+    NativeBackend,
+    NativeMemory,
+    decode,
+    open_backend,
+)
 from thinkfast.engine.sampling import SamplingParams, sample_key
 from thinkfast.engine.slots import SlotTable
 from thinkfast.errors import BadInput
@@ -88,7 +97,7 @@ def decode_speeds(
     batches: Sequence[int] = (1, 16, 128),
     contexts: Sequence[int] = (64, 256, 1000),
     *,
-    steps: int = 8,
+    steps: int = AHEAD,
     repeats: int = 15,
     backend: str | Sequence[str] = "auto",
     kv_dtype: str = "auto",
@@ -99,13 +108,13 @@ def decode_speeds(
 ) -> dict[str, object]:
     """Measures every model at every batch and context, sampling included, and returns {"machine", "rows", "prefill"}.
 
-    They take turns `repeats` times, `steps` decoding steps each, so that a change of the machine's pace meets all of
-    them; what the machine can do is measured between turns. Slots hold the state behind a random prompt; context is
-    the number of tokens a step sees at the middle of the measurement. `shared`: how many of them are one prompt that
-    all rows have in common; the native back end reads those once. `prompts`: lengths to feed, `threads` at a time.
-    backend: of "auto", "native", "torch", "transformers", "llama.cpp"; the last does not draw. A row is a `Speed` or
-    `Prefill` as a dictionary. Raises BadInput where a context leaves no room, for an unknown back end and for one that
-    cannot be had.
+    They take turns `repeats` times, `steps` decoding steps each, by default as many as the native back end makes in a
+    row, so that a change of the machine's pace meets all of them; what the machine can do is measured between turns.
+    Slots hold the state behind a random prompt; context is the number of tokens a step sees at the middle of the
+    measurement. `shared`: how many of them are one prompt that all rows have in common; the native back end reads
+    those once. `prompts`: lengths to feed, `threads` at a time. backend: of "auto", "native", "torch", "transformers",
+    "llama.cpp"; the last does not draw. A row is a `Speed` or `Prefill` as a dictionary. Raises BadInput where a
+    context leaves no room, for an unknown back end and for one that cannot be had.
     """
     if steps < 1 or repeats < 1:
         raise BadInput(f"steps is {steps} and repeats is {repeats}, expected 1 or more of each")

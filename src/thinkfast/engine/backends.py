@@ -185,9 +185,9 @@ class NativeMemory:
         room, steps = table.room(rows), AHEAD
         if table.ends(rows).any():
             steps = min(AHEAD, max(FEW, int(table.count[rows].mean()) // SHORT))
-        every = np.arange(2, steps + 1)
-        fits = IDLE * np.maximum(every[:, None] - room, 0).sum(axis=1) <= every * len(rows)
-        return self._burst(table, rows, int(every[fits].max(initial=1)), seconds, None)
+        while steps > 1 and IDLE * np.maximum(steps - room, 0).sum() > steps * len(rows):
+            steps -= 1
+        return self._burst(table, rows, steps, seconds, None)
 
     def interrupt(self, on: bool) -> None:
         self._interrupted[0] = on
@@ -211,9 +211,10 @@ class NativeMemory:
         columns = (table.count, table.token, table.position, table.logprob)
         limits = (table.ends(rows), table.eos, table.limit)
         reasons = self._pool.collect(rows, tokens, logprobs, *limits, columns, table.history, table.history_logprob)
-        ended = np.flatnonzero(reasons)
-        table.active[rows[ended]] = False
-        return [Finished(slot, ENDS[why]) for slot, why in zip(rows[ended].tolist(), reasons[ended], strict=True)]
+        finished = [Finished(int(rows[at]), ENDS[reasons[at]]) for at in np.flatnonzero(reasons)]
+        for done in finished:
+            table.active[done.slot] = False
+        return finished
 
 
 class TorchBackend:
