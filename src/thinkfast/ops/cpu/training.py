@@ -90,7 +90,9 @@ def _library() -> ctypes.CDLL | None:
 
 def usable(x: Tensor, *weights: Tensor) -> bool:
     """Whether the kernels take `x` (..., D) and the weights that act on it: rows enough, D a multiple of sixteen,
-    float32 on a CPU, no shards of tensors, and a compiler that works."""
+    float32 on a CPU, no shards of tensors, no graph for `torch.compile`, and a compiler that works."""
+    if torch.compiler.is_compiling():
+        return False
     fits = x.device.type == "cpu" and x.shape[-1] % BLOCK == 0 and x.numel() >= MIN_ROWS * x.shape[-1]
     return fits and all(t.dtype == torch.float32 and type(t) in PLAIN for t in (x, *weights)) and _library() is not None
 
