@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkfast import records
+from thinkfast import records, runtime
 from thinkfast.data.problems import Problem
 from thinkfast.errors import BadInput
 from thinkfast.results import CUT_OFF, Graded, read_source
@@ -61,6 +61,8 @@ def retain(
     levels = _levels(problems)
     values = {name: _values(graded[name], problems, tokenizer) for name in names}
     document: dict[str, Any] = {
+        "command": runtime.command(),
+        "code": runtime.code_version(),
         "teacher": names[0],
         "models": names,
         "problems": {level: len(places) for level, places in levels.items()},
