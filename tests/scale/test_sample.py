@@ -139,7 +139,8 @@ def test_a_model_that_changes_meanwhile_is_refused(
 
 
 PROGRAM = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
+import pyarrow.parquet  # what the first rows are written with: to import it takes as long as the samples
 from pathlib import Path
 from thinkfast.data.problems import load_problems
 from thinkfast.recipe import SampleSettings
@@ -147,7 +148,9 @@ from thinkfast.scale.adaptive import LiveVotes
 from thinkfast.scale import sample
 
 def deadly(share, text):
-    if list(Path(out).glob("part-*.parquet")):
+    while share > 0.1 and not list(Path(out).glob("part-*.parquet")):
+        time.sleep(0.01)
+    if share > 0.1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
